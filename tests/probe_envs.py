@@ -1,0 +1,172 @@
+"""Tiny environments with known answers, each made to expose one class of bug. Ids: `probe_envs:<Name>-v0`."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiDiscrete, Tuple
+
+
+class Probe(gym.Env):
+    """One-step episodes of a random scene with reward(scene, action); subclasses change what they are about."""
+
+    observation_space = Box(-1, 1, (1,), np.float32)
+    action_space = Discrete(2)
+
+    def scene(self):
+        """The observation of a new episode."""
+        return np.zeros(1, np.float32)
+
+    def reward(self, scene, action):
+        """The reward of the only step."""
+        return 1.0
+
+    def reset(self, *, seed=None, options=None):
+        """Starts an episode."""
+        super().reset(seed=seed)
+        self.now = self.scene()
+        return self.now, {}
+
+    def step(self, action):
+        """Ends it."""
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
+        return self.now, self.reward(self.now, action), True, False, {}
+
+
+class Constant(Probe):
+    """Reward 1 whatever happens: V = 1. Catches a broken value loss or optimiser."""
+
+
+class Coloured(Probe):
+    """Reward equals the observation, -1 or 1. Catches a critic that does not see it."""
+
+    def scene(self):
+        """-1 or 1."""
+        return np.array([self.np_random.choice([-1, 1])], np.float32)
+
+    def reward(self, scene, action):
+        """The scene."""
+        return float(scene[0])
+
+
+class Delayed(Probe):
+    """Two steps, reward 1 at the second: V(0) = gamma, V(1) = 1. Catches broken discounting."""
+
+    def step(self, action):
+        """0 -> 1 -> end."""
+        last = bool(self.now[0])
+        self.now = np.ones(1, np.float32)
+        return self.now, float(last), last, False, {}
+
+
+class Bandit(Probe):
+    """Reward 1 for the last action, of four that start at 5. Catches a wrong sign or a shifted action."""
+
+    action_space = Discrete(4, start=5)
+
+    def reward(self, scene, action):
+        """1 for action 8."""
+        return float(action == 8)
+
+
+class Mirror(Coloured):
+    """Reward 1 where the action tells the sign of the observation. Catches observations and actions out of step."""
+
+    def reward(self, scene, action):
+        """1 for a match."""
+        return float(action == (scene[0] > 0))
+
+
+class Locks(Probe):
+    """Three locks of different size, the first with actions from 2: half a reward for each of the outer two that opens,
+    depending on the scene. Catches mixed-up components of MultiDiscrete actions."""
+
+    observation_space = Dict(level=Discrete(3, start=4), colour=Box(0, 255, (2, 2), np.uint8))
+    action_space = MultiDiscrete([3, 2, 4], start=[2, 0, -1])
+
+    def scene(self):
+        """A level, and black or white."""
+        level = 4 + int(self.np_random.integers(3))
+        return {"level": level, "colour": np.full((2, 2), self.np_random.choice([0, 3]), np.uint8)}
+
+    def reward(self, scene, action):
+        """The first lock opens by the level, the last by the colour."""
+        return 0.5 * (action[0] == scene["level"] - 2) + 0.5 * (action[2] == (2 if scene["colour"][0, 0] else -1))
+
+
+class Grid(Locks):
+    """The same kind of task with a Tuple observation and actions in a 2 x 2 table."""
+
+    observation_space = Tuple((Discrete(2), Box(0, 1, (3,), np.float64)))
+    action_space = MultiDiscrete([[2, 2], [2, 2]])
+
+    def scene(self):
+        """A bit and noise."""
+        return int(self.np_random.integers(2)), self.np_random.random(3)
+
+    def reward(self, scene, action):
+        """All four cells show the bit."""
+        return float(np.mean(action == scene[0]))
+
+
+class Numbered(Probe):
+    """Episodes of 3 to 6 steps that end alternately by termination and by truncation. The observation is the number of
+    the step, negative in the last of an episode: where it is negative, the step that follows is the reset."""
+
+    observation_space = Box(-1e6, 1e6, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        """The first observation of an episode is 1."""
+        super().reset(seed=seed)
+        self.length, self.steps = int(self.np_random.integers(3, 7)), 0
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        """Counts."""
+        self.steps += 1
+        over = self.steps == self.length
+        now = np.array([-self.steps if over else self.steps + 1], np.float32)
+        return now, 1.0, over and self.length % 2 == 0, over and self.length % 2 == 1, {}
+
+
+class Endless(Probe):
+    """Reward 1 for ever, cut every 5 steps by the time limit alone: V = 1 / (1 - gamma). Catches a truncation that is
+    treated as a termination."""
+
+    def step(self, action):
+        """Nothing changes."""
+        return self.now, 1.0, False, False, {}
+
+
+class BrokenLater(Endless):
+    """The reward becomes NaN after 150 steps in one environment."""
+
+    def __init__(self):
+        self.lived = 0
+
+    def step(self, action):
+        """Counts its steps over all episodes."""
+        self.lived += 1
+        return self.now, float("nan") if self.lived > 150 else 1.0, False, False, {}
+
+
+class Shapeless(Probe):
+    """An observation space without a flat size."""
+
+    observation_space = Graph(Box(-1, 1, (2,)), None)
+
+
+class Continuous(Probe):
+    """An action space that this script is not for."""
+
+    action_space = Box(-1, 1, (2,))
+
+
+def same_step(num_envs, **kwargs):
+    """A vector environment that resets in the step in which an episode ends."""
+    mode = gym.vector.AutoresetMode.SAME_STEP
+    return gym.vector.SyncVectorEnv([Constant] * num_envs, autoreset_mode=mode)
+
+
+LIMITS = {Endless: 5, BrokenLater: 5}
+for probe in (Constant, Coloured, Delayed, Bandit, Mirror, Locks, Grid, Numbered, Endless, BrokenLater, Shapeless, Continuous):
+    gym.register(f"{probe.__name__}-v0", entry_point=probe, max_episode_steps=LIMITS.get(probe))
+gym.register("SameStep-v0", entry_point=Constant, vector_entry_point=same_step)
