@@ -141,7 +141,7 @@ class Args:
     """torch.compile the loss: slow to start, pays in long runs"""
 
 
-# ------------------------------------------------------------------------------------------------------------ networks
+# ------------------------------------------------------------------------------------------------------------- networks
 
 
 def layer_init(layer: nn.Linear, gain: float) -> nn.Linear:
@@ -171,11 +171,11 @@ def mlp(inputs: int, outputs: int, output_gain: float) -> nn.Sequential:
 
 
 class Policy:
-    """The actor at work, in rollouts, evaluation and applications: C categorical components, C = 1 for a Discrete space.
+    """The actor at work, in rollouts, evaluation and applications. It is plain NumPy, because for a handful of
+    observations that takes a fifth of PyTorch's time.
 
-    It is plain NumPy because that takes a fifth of PyTorch's time for a handful of observations. The logits of an
-    observation stand in one row of A columns, component after component; nvec holds the sizes of the components.
-    """
+    An action has C categorical components (1 for a Discrete space) of sizes nvec. The logits of an observation stand in
+    one row of A = sum(nvec) columns, component after component."""
 
     def __init__(self, spec: dict, weights: dict[str, Tensor]):
         """spec: what `policy_spec` returns. weights: state_dict of the actor's `mlp`."""
@@ -207,7 +207,7 @@ class Policy:
         return self.to_env(self.choose(logits + (rng.gumbel(size=logits.shape) if rng else 0)))[()]
 
 
-# ----------------------------------------------------------------------------------------------------------- algorithm
+# ------------------------------------------------------------------------------------------------------------ algorithm
 
 
 def log_softmax_each(logits: Tensor, nvec: list[int]) -> Tensor:
@@ -229,26 +229,27 @@ def compute_gae(
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decays = gamma * gae_lambda * ~(terminated | truncated)
-    advantages = [torch.zeros_like(deltas[0])]
-    for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind())):
-        advantages.append(torch.addcmul(delta, decay, advantages[-1]))
-    return torch.stack(advantages[:0:-1])
+    advantages = torch.zeros_like(deltas)
+    following = torch.zeros_like(deltas[0])  # (N,)
+    for t in reversed(range(len(deltas))):
+        advantages[t] = following = deltas[t] + decays[t] * following
+    return advantages
 
 
 def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) per sample (B,): PPO paper eq. 7. log_ratio: log pi - log pi_old."""
+    """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) per row (B,), PPO paper eq. 7. log_ratio: log pi - log pi_old."""
     ratio = log_ratio.exp()
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
 
 
 def kl_penalty_policy_loss(log_ratio: Tensor, advantages: Tensor, kl: Tensor, beta: float) -> Tensor:
-    """-(ratio A - beta KL(pi_old || pi)) per sample (B,): PPO paper eq. 8. The KL is between the policies before and
+    """-(ratio A - beta KL(pi_old || pi)) per row (B,), PPO paper eq. 8. This KL is between the policies before and
     during the update; it has nothing to do with the reference model of RLHF."""
     return beta * kl - log_ratio.exp() * advantages
 
 
 def adapt_beta(beta: float, kl: float, target: float) -> float:
-    """Halves beta after an iteration with KL < target / 1.5, doubles it after KL > 1.5 target (PPO paper, section 4)."""
+    """Halves beta after an iteration with KL < target / 1.5, doubles it after KL > 1.5 target (PPO paper, §4)."""
     return beta / 2 if kl < target / 1.5 else beta * 2 if kl > target * 1.5 else beta
 
 
@@ -263,13 +264,13 @@ def categorical_entropy(log_probs: Tensor) -> Tensor:
 
 
 def kl_estimates(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """k1 = -log r and k3 = (r - 1) - log r per sample (B,): unbiased for KL(pi_old || pi) on samples of pi_old, k3 never
-    negative (http://joschu.net/blog/kl-approx.html)."""
+    """k1 = -log r and k3 = (r - 1) - log r per row (B,): for actions from pi_old both have the mean KL(pi_old || pi);
+    k3 is never negative (http://joschu.net/blog/kl-approx.html)."""
     return -log_ratio, log_ratio.exp() - 1 - log_ratio
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """Half the squared error per sample (B,). With a clip_coef: the larger of that and of the error after the value is
+    """Half the squared error per row (B,). With a clip_coef: the larger of that and of the error after the value is
     clipped to old_values +- clip_coef (37 details, no. 9)."""
     squared = (values - returns).square()
     if clip_coef is not None:
@@ -291,8 +292,8 @@ class Batch(NamedTuple):
 
 def ppo_loss(
     actor: nn.Module, critic: nn.Module, batch: Batch, count: float, nvec: list[int], beta: float, args: Args
-) -> tuple[Tensor, Tensor]:
-    """Loss of a minibatch; and of each row policy loss, value loss, entropy and log-ratio, detached (4, B).
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a minibatch, and its detached parts per row (B,).
 
     The sum over rows is divided by count, the rows of this minibatch over all ranks, so that the gradients of all ranks
     add up to that of the whole minibatch."""
@@ -308,7 +309,8 @@ def ppo_loss(
     value_losses = value_loss(values, batch.old_values, batch.returns, args.clip_coef if args.clip_vloss else None)
     entropy = categorical_entropy(log_probs)
     loss = (policy_losses + args.vf_coef * value_losses - args.ent_coef * entropy).sum() / count
-    return loss, torch.stack([policy_losses, value_losses, entropy, log_ratio]).detach()
+    parts = {"policy_loss": policy_losses, "value_loss": value_losses, "entropy": entropy, "log_ratio": log_ratio}
+    return loss, {name: part.detach() for name, part in parts.items()}
 
 
 def global_moments(parts: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -322,9 +324,9 @@ def global_moments(parts: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def shuffled_minibatches(batch: Batch, args: Args) -> Iterator[tuple[Batch, float]]:
-    """Yields, for update_epochs epochs, num_minibatches minibatches of nearly equal size that hold every row once, newly
-    shuffled in each epoch; and the number of rows of each over all ranks. With norm_adv the advantages of a minibatch
-    have mean 0 and std 1 over all ranks; a single row has no std and stays as it is."""
+    """Yields minibatches of nearly equal size that hold every row once per epoch, shuffled anew in each, with the
+    number of rows of each over all ranks. With norm_adv, the advantages of a minibatch have mean 0 and std 1 over all
+    ranks; a single row has no std and stays as it is."""
     for _ in range(args.update_epochs):
         order = torch.randperm(len(batch.obs)).to(batch.obs.device)
         minibatches = [Batch(*parts) for parts in zip(*(x[order].tensor_split(args.num_minibatches) for x in batch))]
@@ -363,7 +365,7 @@ def finished_episodes(rewards: np.ndarray, resets: np.ndarray, under_way: np.nda
     return finished
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 def train(args: Args) -> dict[str, float | str]:
@@ -459,38 +461,35 @@ def train(args: Args) -> dict[str, float | str]:
         # 3. Update: several epochs of minibatch steps on this batch.
         learning_rate = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
         optimizer.param_groups[0]["lr"] = learning_rate
-        row_losses, grad_norms = [], []
+        all_parts, grad_norms = [], []
         for minibatch, count in shuffled_minibatches(batch, args):
-            loss, losses = loss_fn(actor, critic, minibatch, count, nvec, beta, args)
+            loss, parts = loss_fn(actor, critic, minibatch, count, nvec, beta, args)
             parameters.grad.zero_()
             loss.backward()
-            approx_kl = kl_estimates(losses[3])[1].sum() / count
+            approx_kl = kl_estimates(parts["log_ratio"])[1].sum() / count
             sum_over_ranks(parameters.grad, approx_kl)
-            row_losses.append(losses)
+            all_parts.append(parts)
             grad_norms.append(parameters.grad.norm())
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
             parameters.grad.mul_((args.max_grad_norm / (grad_norms[-1] + 1e-6)).clamp(max=1))
             optimizer.step()
+        iteration += 1
 
         # 4. Metrics: means over all minibatches of this iteration and all ranks.
-        iteration += 1
-        policy_losses, value_losses, entropy, log_ratio = torch.cat(row_losses, -1)
-        k1, k3 = kl_estimates(log_ratio)
-        of_update = {"policy_loss": policy_losses, "value_loss": value_losses, "entropy": entropy}
-        of_update |= {"old_approx_kl": k1, "approx_kl": k3, "grad_norm": torch.stack(grad_norms)}
-        of_update |= {"clipfrac": (log_ratio.exp() - 1).abs() > args.clip_coef}
+        rows = {name: torch.cat([parts[name] for parts in all_parts]) for name in all_parts[0]}
+        log_ratio = rows.pop("log_ratio")
+        rows["old_approx_kl"], rows["approx_kl"] = kl_estimates(log_ratio)
+        rows["clipfrac"] = (log_ratio.exp() - 1).abs() > args.clip_coef
+        rows["grad_norm"] = torch.stack(grad_norms)
         if args.objective == "kl-penalty":
             with torch.no_grad():
                 new_log_probs = log_softmax_each(actor(batch.obs), nvec)
-            of_update |= {"kl": categorical_kl(batch.old_log_probs, new_log_probs)}
-        residuals = batch.returns - batch.old_values
-        counts, means, stds = global_moments([batch.returns, residuals, *of_update.values()])
+            rows["kl"] = categorical_kl(batch.old_log_probs, new_log_probs)
+        counts, means, stds = global_moments([batch.returns, batch.returns - batch.old_values, *rows.values()])
         if not np.isfinite(means).all():
-            raise FloatingPointError(
-                f"the loss of iteration {iteration} is not finite: lower --learning-rate, or look for NaN in observations and rewards"
-            )
-        losses = dict(zip(of_update, means[2:].tolist()))
+            raise FloatingPointError(f"the loss of iteration {iteration} is not finite (NaN from the environment?)")
+        losses = dict(zip(rows, means[2:].tolist()))
         losses["explained_variance"] = 1 - (stds[1] / stds[0]).item() ** 2 if stds[0] else math.nan
         if args.objective == "kl-penalty":
             losses["kl_penalty"] = beta
@@ -520,6 +519,9 @@ def train(args: Args) -> dict[str, float | str]:
     seconds = time.perf_counter() - start
     envs.close()
     progress.close()
+    if dist.is_initialized():
+        dist.barrier()  # nobody leaves while others still talk
+        dist.destroy_process_group()
     if rank > 0:
         return {}
     log.close()
@@ -536,12 +538,12 @@ def train(args: Args) -> dict[str, float | str]:
             returns = evaluate(saved, args.eval_episodes, mode, args.seed, videos)
             summary[f"eval_return_{mode}"] = np.mean(returns).item()
     write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    reached = ", ".join(f"{name} {summary[name]:.1f}" for name in summary if "return" in name)
-    print(f"{args.env_id}: {reached}; {global_step:,} steps in {seconds:.1f} s; saved in {run_dir}")
+    reached = "".join(f", {name} {summary[name]:.1f}" for name in summary if "return" in name)
+    print(f"{args.env_id}: {global_step:,} steps in {seconds:.1f} s{reached}; saved in {run_dir}")
     return summary
 
 
-# -------------------------------------------------------------------------------------------------- the policy at work
+# --------------------------------------------------------------------------------------------------- the policy at work
 
 
 def load_policy(path: str | Path) -> Policy:
@@ -583,7 +585,7 @@ def play(args: Args) -> None:
         print(f"{mode}: mean {np.mean(returns):.1f} of " + " ".join(f"{r:g}" for r in returns))
 
 
-# --------------------------------------------------------------------------------------------------------- run-keeping
+# ---------------------------------------------------------------------------------------------------------- run-keeping
 
 SCRIPT = "ppo_mlp_discrete"
 FORMAT = 1  # of checkpoint.pt and policy.pt: raised whenever what they hold changes
@@ -595,15 +597,15 @@ class UserError(Exception):
 
 def check_args(args: Args, world_size: int) -> None:
     """Raises UserError for a flag whose value cannot work."""
-    limits = [
-        ("at least 1", lambda x: x >= 1, "num_envs num_steps total_timesteps num_minibatches update_epochs"),
-        ("at least 1", lambda x: x >= 1, "checkpoint_interval torch_threads"),
-        ("above 0", lambda x: 0 < x < math.inf, "learning_rate clip_coef max_grad_norm target_kl kl_penalty"),
-        ("above 0", lambda x: 0 < x < math.inf, "kl_penalty_target"),
-        ("0 or more", lambda x: 0 <= x < math.inf, "seed ent_coef vf_coef eval_episodes"),
-        ("between 0 and 1", lambda x: 0 <= x <= 1, "gamma gae_lambda"),
-    ]
-    for limit, holds, names in limits:
+    counts = "num_envs num_steps total_timesteps num_minibatches update_epochs checkpoint_interval torch_threads"
+    scales = "learning_rate clip_coef max_grad_norm target_kl kl_penalty kl_penalty_target"
+    limits = {
+        "at least 1": (counts, lambda x: x >= 1),
+        "above 0": (scales, lambda x: 0 < x < math.inf),
+        "0 or more": ("seed ent_coef vf_coef eval_episodes", lambda x: 0 <= x < math.inf),
+        "between 0 and 1": ("gamma gae_lambda", lambda x: 0 <= x <= 1),
+    }
+    for limit, (names, holds) in limits.items():
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not holds(value):
@@ -633,7 +635,7 @@ def make_envs(env_id: str, num_envs: int, mode: str) -> gym.vector.VectorEnv:
 def make_eval_env(env_id: str, render: bool) -> gym.Env:
     """One environment with flat observations. Raises UserError, also where it cannot render though it should."""
     with user_error_in(f"--env-id {env_id}"):
-        env = gym.make(env_id, render_mode="rgb_array" if render else None)
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if render else {}))
     if render:
         with user_error_in(f'--capture-video of {env_id} (pip install moviepy "gymnasium[classic-control]")'):
             import_module("moviepy")
@@ -698,17 +700,22 @@ def create_run(run_dir: Path, args: Args, world_size: int) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if which("git") else ""
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     config = {
         "args": asdict(replace(args, run_dir=None)),
         "world_size": world_size,
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy", "gymnasium")},
         "git": commit or None,
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
+        "machine": machine(),
     }
     write_atomically(run_dir / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def machine() -> str:
+    """Names of the processor, its cores and the GPU, if there is one."""
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores{gpu}"
 
 
 def write_atomically(path: Path, content: dict | str) -> None:
@@ -826,9 +833,13 @@ def parse_args() -> Args:
 def main() -> None:
     """The command line: plays or trains; an error becomes one line and an exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    args = None
     try:
         args = parse_args()
         play(args) if args.play else train(args)
+        if "RANK" in os.environ:
+            sys.stdout.flush()
+            os._exit(0)  # gloo's threads can abort Python's own shutdown (pytorch pull request 179291)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -836,7 +847,7 @@ def main() -> None:
         print(f"error: {error}; {args.run_dir}/checkpoint.pt is the last good state", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        if not args.play and Path(args.run_dir, "checkpoint.pt").exists():
+        if args and not args.play and Path(args.run_dir, "checkpoint.pt").exists():
             command = shlex.join([Path(sys.executable).name, sys.argv[0], "--resume", args.run_dir])
             print(f"stopped; resume with: {command}", file=sys.stderr)
         sys.exit(130)

@@ -1,5 +1,7 @@
 """Tiny environments with known answers, each made to expose one class of bug. Ids: `probe_envs:<Name>-v0`."""
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiDiscrete, Tuple
@@ -28,7 +30,7 @@ class Probe(gym.Env):
     def step(self, action):
         """Ends it."""
         assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
-        return self.now, self.reward(self.now, action), True, False, {}
+        return copy.deepcopy(self.now), self.reward(self.now, action), True, False, {}
 
 
 class Constant(Probe):
@@ -133,19 +135,18 @@ class Endless(Probe):
 
     def step(self, action):
         """Nothing changes."""
-        return self.now, 1.0, False, False, {}
+        return self.now.copy(), 1.0, False, False, {}
 
 
 class BrokenLater(Endless):
     """The reward becomes NaN after 150 steps in one environment."""
 
-    def __init__(self):
-        self.lived = 0
+    lived = 0
 
     def step(self, action):
         """Counts its steps over all episodes."""
         self.lived += 1
-        return self.now, float("nan") if self.lived > 150 else 1.0, False, False, {}
+        return self.now.copy(), float("nan") if self.lived > 150 else 1.0, False, False, {}
 
 
 class Shapeless(Probe):
@@ -167,6 +168,19 @@ def same_step(num_envs, **kwargs):
 
 
 LIMITS = {Endless: 5, BrokenLater: 5}
-for probe in (Constant, Coloured, Delayed, Bandit, Mirror, Locks, Grid, Numbered, Endless, BrokenLater, Shapeless, Continuous):
+for probe in (
+    Constant,
+    Coloured,
+    Delayed,
+    Bandit,
+    Mirror,
+    Locks,
+    Grid,
+    Numbered,
+    Endless,
+    BrokenLater,
+    Shapeless,
+    Continuous,
+):
     gym.register(f"{probe.__name__}-v0", entry_point=probe, max_episode_steps=LIMITS.get(probe))
 gym.register("SameStep-v0", entry_point=Constant, vector_entry_point=same_step)

@@ -1,0 +1,151 @@
+"""What holds across the scripts: equal copies, agreeing dependencies, documented flags, README commands that exist."""
+
+import ast
+import dataclasses
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(ROOT.glob("ppo_*.py"))
+every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+OWN = {"Args", "train"}  # what each script has in a form of its own
+
+
+def drifted(sources):
+    """Names of functions and classes that stand in several of the sources {file: text} but differ."""
+    versions = {}
+    for text in sources.values():
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in OWN:
+                versions.setdefault(node.name, set()).add(ast.get_source_segment(text, node))
+    return sorted(name for name, texts in versions.items() if len(texts) > 1)
+
+
+def header(text):
+    """The PEP 723 metadata of a script's text, read as the PEP's reference implementation does."""
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", text)["content"]
+    return tomllib.loads("".join(line[2:] if line.startswith("# ") else line[1:] for line in block.splitlines(True)))
+
+
+def requirements(path):
+    """{name: Requirement} of a requirements file."""
+    lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
+    return {requirement.name: requirement for requirement in map(Requirement, filter(None, lines))}
+
+
+def readme_commands():
+    """Commands of the README's shell blocks, without the environment's path before python."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip()]
+
+
+def test_same_name_means_same_code():
+    assert drifted({path.name: path.read_text() for path in SCRIPTS}) == []
+
+
+def test_drift_is_noticed():
+    a = "def f(x):\n    return x\n\nclass Args:\n    a = 1\n"
+    assert drifted({"a.py": a, "b.py": a.replace("a = 1", "a = 2")}) == []
+    assert drifted({"a.py": a, "b.py": a.replace("return x", "return -x")}) == ["f"]
+
+
+@every_script
+def test_scripts_import_none_of_each_other(script):
+    imported = set(re.findall(r"(?m)^\s*(?:from|import) (\w+)", script.read_text()))
+    assert not imported & {path.stem for path in SCRIPTS}
+
+
+@every_script
+def test_metadata_agrees_with_requirements(script):
+    metadata = header(script.read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert metadata["requires-python"] == project["requires-python"]
+    pinned = requirements(ROOT / "requirements.txt")
+    in_header = {requirement.name: requirement for requirement in map(Requirement, metadata["dependencies"])}
+    for name, requirement in in_header.items():
+        assert requirement == pinned[name]
+    imported = set(re.findall(r"(?m)^(?:from|import) (\w+)", script.read_text())) - sys.stdlib_module_names
+    assert imported == set(in_header)
+
+
+def test_pyproject_agrees_with_requirements():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    pinned = requirements(ROOT / "requirements.txt")
+    ranges = {
+        requirement.name: requirement for requirement in map(Requirement, project["dependencies"] + extras["test"])
+    }
+    assert set(ranges) == set(pinned)
+    for name, requirement in pinned.items():
+        (pin,) = requirement.specifier
+        assert pin.operator == "=="
+        assert ranges[name].specifier.contains(pin.version)
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    assert listed == [path.stem for path in SCRIPTS]
+
+
+@every_script
+def test_help_documents_every_flag(script, monkeypatch, capsys):
+    module = importlib.import_module(script.stem)
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 0
+    shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    (args,) = [node for node in ast.parse(script.read_text()).body if getattr(node, "name", "") == "Args"]
+    fields = [node.target.id for node in args.body if isinstance(node, ast.AnnAssign)]
+    texts = dict(zip(fields, (n.value.value for n in args.body[1:] if isinstance(n, ast.Expr)), strict=True))
+    assert fields == [field.name for field in dataclasses.fields(module.Args)]
+    for name, text in texts.items():
+        assert f"--{name.replace('_', '-')} " in shown.replace(",", " ")
+        assert " ".join(text.split()) in shown
+        assert "\n" not in text
+
+
+@every_script
+def test_import_has_no_effect(script, tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script.stem}"
+    command = [sys.executable, "-B", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+@every_script
+def test_functions_are_documented(script):
+    for node in ast.parse(script.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            assert ast.get_docstring(node), node.name
+
+
+def test_readme_commands_exist(monkeypatch):
+    commands = readme_commands()
+    ran = set()
+    for command in commands:
+        for part in command.split("&&"):
+            words = shlex.split(part)
+            script = next((word for word in words if re.fullmatch(r"(benchmarks/)?\w+\.py", word)), None)
+            if script is None:
+                continue
+            assert (ROOT / script).exists(), command
+            ran.add(script)
+            if (ROOT / script) in SCRIPTS:
+                flags = words[words.index(script) + 1 :]
+                module = importlib.import_module(Path(script).stem)
+                monkeypatch.setattr(sys, "argv", [script, *(flag.replace("$seed", "1") for flag in flags)])
+                module.parse_flags(module.Args())  # raises for a flag that is not there
+    assert {path.name for path in SCRIPTS} <= ran
+
+
+def test_ci_runs_the_readmes_test_command():
+    (tests,) = [command for command in readme_commands() if "pytest" in command]
+    assert tests in (ROOT / ".ci/run").read_text()
