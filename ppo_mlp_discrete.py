@@ -475,6 +475,13 @@ def train(args: Args) -> dict[str, float | str]:
             parameters.grad.mul_((args.max_grad_norm / (grad_norms[-1] + 1e-6)).clamp(max=1))
             optimizer.step()
         iteration += 1
+        penalty = {}
+        if args.objective == "kl-penalty":
+            with torch.no_grad():
+                new_log_probs = log_softmax_each(actor(batch.obs), nvec)
+            kl = global_moments([categorical_kl(batch.old_log_probs, new_log_probs)])[1].item()
+            penalty = {"kl": kl, "kl_penalty": beta}
+            beta = adapt_beta(beta, kl, args.kl_penalty_target)
 
         # 4. Metrics: means over all minibatches of this iteration and all ranks.
         rows = {name: torch.cat([parts[name] for parts in all_parts]) for name in all_parts[0]}
@@ -482,18 +489,11 @@ def train(args: Args) -> dict[str, float | str]:
         rows["old_approx_kl"], rows["approx_kl"] = kl_estimates(log_ratio)
         rows["clipfrac"] = (log_ratio.exp() - 1).abs() > args.clip_coef
         rows["grad_norm"] = torch.stack(grad_norms)
-        if args.objective == "kl-penalty":
-            with torch.no_grad():
-                new_log_probs = log_softmax_each(actor(batch.obs), nvec)
-            rows["kl"] = categorical_kl(batch.old_log_probs, new_log_probs)
         counts, means, stds = global_moments([batch.returns, batch.returns - batch.old_values, *rows.values()])
         if not np.isfinite(means).all():
             raise FloatingPointError(f"the loss of iteration {iteration} is not finite (NaN from the environment?)")
         losses = dict(zip(rows, means[2:].tolist()))
         losses["explained_variance"] = 1 - (stds[1] / stds[0]).item() ** 2 if stds[0] else math.nan
-        if args.objective == "kl-penalty":
-            losses["kl_penalty"] = beta
-            beta = adapt_beta(beta, losses["kl"], args.kl_penalty_target)
         global_step += int(counts[0])
         finished = np.zeros((2, num_steps, args.num_envs))
         finished[..., my_envs] = finished_episodes(rewards, resets, under_way)
@@ -507,7 +507,7 @@ def train(args: Args) -> dict[str, float | str]:
             "charts/episodic_return": mean_return,
             "charts/episodic_length": mean_length,
             "charts/learning_rate": learning_rate,
-            **{f"losses/{name}": value for name, value in losses.items()},
+            **{f"losses/{name}": value for name, value in (losses | penalty).items()},
             "time/seconds": seconds,
             "time/steps_per_second": global_step / seconds,
         }

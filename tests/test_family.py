@@ -1,6 +1,7 @@
 """What holds across the scripts: equal copies, agreeing dependencies, documented flags, README commands that exist."""
 
 import ast
+import contextlib
 import dataclasses
 import importlib
 import re
@@ -45,7 +46,7 @@ def readme_commands():
     """Commands of the README's shell blocks, without the environment's path before python."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split(" #")[0].strip() for line in lines if line.strip()]
+    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def test_same_name_means_same_code():
@@ -128,10 +129,9 @@ def test_functions_are_documented(script):
 
 
 def test_readme_commands_exist(monkeypatch):
-    commands = readme_commands()
     ran = set()
-    for command in commands:
-        for part in command.split("&&"):
+    for command in readme_commands():
+        for part in re.split("&&|;", command):
             words = shlex.split(part)
             script = next((word for word in words if re.fullmatch(r"(benchmarks/)?\w+\.py", word)), None)
             if script is None:
@@ -142,10 +142,26 @@ def test_readme_commands_exist(monkeypatch):
                 flags = words[words.index(script) + 1 :]
                 module = importlib.import_module(Path(script).stem)
                 monkeypatch.setattr(sys, "argv", [script, *(flag.replace("$seed", "1") for flag in flags)])
-                module.parse_flags(module.Args())  # raises for a flag that is not there
+                with contextlib.suppress(SystemExit):  # --help; a flag that is not there raises UserError
+                    module.parse_flags(module.Args())
     assert {path.name for path in SCRIPTS} <= ran
 
 
 def test_ci_runs_the_readmes_test_command():
     (tests,) = [command for command in readme_commands() if "pytest" in command]
     assert tests in (ROOT / ".ci/run").read_text()
+
+
+def test_readme_names_tests_and_functions_that_exist():
+    """Every row of the table of implementation details points at code and tests that are there."""
+    table = (ROOT / "README.md").read_text().split("## Implementation details")[1]
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    code = "".join(path.read_text() for path in SCRIPTS)
+    for row in re.findall(r"(?m)^\| (?!detail|---)(.*) \|$", table):
+        _, where, held_by = row.split(" | ")
+        for name in re.findall(r"`(\w+)`", where):
+            assert re.search(rf"(?m)^(def|class) {name}\b", code), name
+        names = re.findall(r"`(\w+)`", held_by)
+        assert names, row
+        for name in names:
+            assert f"def {name}(" in tests, name
