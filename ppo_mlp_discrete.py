@@ -50,6 +50,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from importlib import import_module
 from importlib.metadata import version
+from multiprocessing import parent_process
 from pathlib import Path
 from shutil import which
 from typing import Literal, NamedTuple
@@ -228,7 +229,7 @@ def compute_gae(
     is the reset: its advantage means nothing, and nothing before it depends on it. Returns (T, N).
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    decays = gamma * gae_lambda * ~(terminated | truncated)
+    decays = gamma * gae_lambda * (~(terminated | truncated)).to(deltas)
     advantages = torch.zeros_like(deltas)
     following = torch.zeros_like(deltas[0])  # (N,)
     for t in reversed(range(len(deltas))):
@@ -379,7 +380,8 @@ def train(args: Args) -> dict[str, float | str]:
     torch.manual_seed(args.seed)
     num_steps, num_envs = args.num_steps, args.num_envs // world_size
     my_envs = slice(rank * num_envs, (rank + 1) * num_envs)
-    make_eval_env(args.env_id, args.capture_video).close()  # fails now rather than after training
+    if args.eval_episodes:
+        make_eval_env(args.env_id, args.capture_video).close()  # fails now rather than after training
     envs = make_envs(args.env_id, num_envs, args.vectorization_mode)
     spec = policy_spec(args.env_id, envs)
     obs_dim, nvec = spec["obs_dim"], spec["nvec"]
@@ -551,7 +553,10 @@ def load_policy(path: str | Path) -> Policy:
 
     `policy.act(obs)` turns flat observations into actions; `policy.spec["env_id"]` names the task. Raises UserError."""
     path = Path(path)
-    saved = load_saved(path / "policy.pt" if path.is_dir() else path)
+    path = path / "policy.pt" if path.is_dir() else path
+    saved = load_saved(path)
+    if "weights" not in saved:
+        raise UserError(f"{path} is a checkpoint: give the policy.pt beside it")
     return Policy(saved["spec"], saved["weights"])
 
 
@@ -577,6 +582,8 @@ def evaluate(policy: Policy, episodes: int, mode: str, seed: int, videos: Path |
 
 def play(args: Args) -> None:
     """Runs the saved policy args.play for eval_episodes and prints the returns."""
+    if args.eval_episodes < 1:
+        raise UserError("--eval-episodes must be at least 1 for --play")
     path = Path(args.play)
     policy = load_policy(path)
     videos = (path if path.is_dir() else path.parent) / "videos" if args.capture_video else None
@@ -627,7 +634,9 @@ def make_envs(env_id: str, num_envs: int, mode: str) -> gym.vector.VectorEnv:
     space = envs.single_observation_space
     if isinstance(space, Box) and len(space.shape) == 1:
         return envs
-    if not isinstance(flatten_space(space), Box):
+    with user_error_in(f"--env-id {env_id}"):
+        flat_space = flatten_space(space)
+    if not isinstance(flat_space, Box):
         raise UserError(f"--env-id {env_id}: observations {space} have no fixed size: wrap the environment")
     return gym.wrappers.vector.FlattenObservation(envs)
 
@@ -769,6 +778,7 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Waits until all rows are on the disk, so that no checkpoint is ahead of them."""
+        self.events.flush()
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -794,8 +804,8 @@ def user_error_in(what: str) -> Iterator[None]:
     """Turns an error that a library raises about the user's wish into a UserError that begins with what."""
     try:
         yield
-    except (gym.error.Error, ImportError, OSError, TypeError, ValueError) as error:
-        raise UserError(f"{what}: {str(error).strip().splitlines()[0]}") from error
+    except (gym.error.Error, ImportError, LookupError, NotImplementedError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"{what}: {error}".splitlines()[0]) from error
 
 
 def parse_flags(default: Args) -> Args:
@@ -830,9 +840,18 @@ def parse_args() -> Args:
     return args
 
 
+def stop(signum: int, frame: object) -> None:
+    """Ctrl-C and SIGTERM end the main process; forked workers of async environments end with it, quietly."""
+    if parent_process() is None:
+        raise KeyboardInterrupt
+    if signum == signal.SIGTERM:
+        os._exit(0)
+
+
 def main() -> None:
     """The command line: plays or trains; an error becomes one line and an exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     args = None
     try:
         args = parse_args()
@@ -847,8 +866,11 @@ def main() -> None:
         print(f"error: {error}; {args.run_dir}/checkpoint.pt is the last good state", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        if args and not args.play and Path(args.run_dir, "checkpoint.pt").exists():
-            command = shlex.join([Path(sys.executable).name, sys.argv[0], "--resume", args.run_dir])
+        first_rank = os.environ.get("RANK", "0") == "0"
+        if first_rank and args and not args.play and Path(args.run_dir, "checkpoint.pt").exists():
+            ranks = os.environ.get("LOCAL_WORLD_SIZE")
+            launcher = ["torchrun", "--nproc-per-node", ranks] if ranks else [Path(sys.executable).name]
+            command = shlex.join([*launcher, sys.argv[0], "--resume", args.run_dir])
             print(f"stopped; resume with: {command}", file=sys.stderr)
         sys.exit(130)
 
