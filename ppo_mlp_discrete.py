@@ -2,6 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "gymnasium==1.4.0",
+#     "matplotlib==3.11.2",
 #     "numpy==2.4.6",
 #     "tensorboard==2.21.0",
 #     "threadpoolctl==3.8.0",
@@ -32,6 +33,7 @@ Where this differs from the paper or from CleanRL, and why:
 """
 
 import contextlib
+import csv
 import io
 import itertools
 import json
@@ -61,6 +63,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from gymnasium.spaces import Box, Discrete, MultiDiscrete, flatten_space
+from matplotlib.figure import Figure
 from tensorboard.compat.proto.summary_pb2 import Summary
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
@@ -76,7 +79,7 @@ class Args:
     """gymnasium id of the task; "module:Name-v0" imports the module first"""
     seed: int = 1
     """seed of weights, environments, sampling and shuffling"""
-    total_timesteps: int = 150_000
+    total_timesteps: int = 100_000
     """environment steps to train for, over all environments"""
     target_return: float | None = None
     """stop as soon as the mean return of the last 100 training episodes reaches this"""
@@ -122,7 +125,7 @@ class Args:
     """kl-penalty: KL per iteration that beta is adapted to [nats]"""
 
     eval_episodes: int = 20
-    """evaluation episodes after training, with sampled and again with greedy actions; 0 skips it"""
+    """evaluation episodes after training, with greedy and again with sampled actions; 0 skips them"""
     capture_video: bool = False
     """record the evaluation episodes as run-dir/videos/*.mp4 (needs moviepy)"""
     play: str | None = None
@@ -133,7 +136,7 @@ class Args:
     resume: str | None = None
     """run directory to continue from its last checkpoint; flags come from its config.json"""
     checkpoint_interval: int = 100
-    """iterations between checkpoints; at each one all environments are reset"""
+    """iterations between checkpoints; each resets all environments and drops the episodes under way: keep it long"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where the networks are; auto is cpu: for small MLPs it is the fastest"""
     torch_threads: int = 1
@@ -200,7 +203,8 @@ class Policy:
 
     def to_env(self, choices: np.ndarray) -> np.ndarray:
         """Actions as `env.step` takes them, from indices (..., C) that count from 0."""
-        return (choices + self.spec["start"]).reshape((*choices.shape[:-1], *self.spec["action_shape"]))
+        actions = (choices + self.spec["start"]).astype(self.spec["dtype"])
+        return actions.reshape((*choices.shape[:-1], *self.spec["action_shape"]))
 
     def act(self, obs: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """Actions for flat observations (..., obs_dim), one or a batch: sampled with rng, else the most likely ones."""
@@ -250,8 +254,10 @@ def kl_penalty_policy_loss(log_ratio: Tensor, advantages: Tensor, kl: Tensor, be
 
 
 def adapt_beta(beta: float, kl: float, target: float) -> float:
-    """Halves beta after an iteration with KL < target / 1.5, doubles it after KL > 1.5 target (PPO paper, §4)."""
-    return beta / 2 if kl < target / 1.5 else beta * 2 if kl > target * 1.5 else beta
+    """Halves beta after an iteration with KL < target / 1.5, doubles it after KL > 1.5 target (PPO paper, §4); within
+    1e-4 to 1e4, so that it finds its way back."""
+    factor = 0.5 if kl < target / 1.5 else 2.0 if kl > target * 1.5 else 1.0
+    return min(max(beta * factor, 1e-4), 1e4)
 
 
 def categorical_kl(old_log_probs: Tensor, log_probs: Tensor) -> Tensor:
@@ -335,7 +341,8 @@ def shuffled_minibatches(batch: Batch, args: Args) -> Iterator[tuple[Batch, floa
         for minibatch, count, mean, std in zip(minibatches, *moments):
             if args.norm_adv and count > 1:
                 minibatch = minibatch._replace(advantages=(minibatch.advantages - mean) / (std + 1e-8))
-            yield minibatch, max(count, 1)
+            if count:  # reset rows may have left fewer rows than minibatches
+                yield minibatch, count
 
 
 def flatten_parameters(*modules: nn.Module) -> nn.Parameter:
@@ -370,7 +377,10 @@ def finished_episodes(rewards: np.ndarray, resets: np.ndarray, under_way: np.nda
 
 
 def train(args: Args) -> dict[str, float | str]:
-    """Trains a policy, saves it in args.run_dir and evaluates what was saved. Returns the content of summary.json."""
+    """Trains a policy, saves it in args.run_dir and evaluates what was saved. Returns the content of summary.json.
+
+    Sets the seed and thread counts of PyTorch and NumPy's thread count. Raises UserError, and FloatingPointError where
+    the loss is not finite."""
     # Set-up. Flags describe the whole job: under torchrun, each of world_size ranks has its share of the environments.
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check_args(args, world_size)
@@ -392,7 +402,8 @@ def train(args: Args) -> dict[str, float | str]:
     loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
 
     # Rollouts are collected in NumPy, where the environments live. Row t holds obs[t], the action chosen there and what
-    # came of it. resets[t]: the step before row t ended an episode, so that row t ignores its action and resets.
+    # came of it; the observation after the last row becomes row 0 of the next rollout. resets[t]: the step before row t
+    # ended an episode, so that row t ignores its action and resets the environment.
     obs = np.zeros((num_steps + 1, num_envs, obs_dim), np.float32)
     resets = np.zeros((num_steps + 1, num_envs), bool)
     choices = np.zeros((num_steps, num_envs, len(nvec)), np.int64)
@@ -415,7 +426,7 @@ def train(args: Args) -> dict[str, float | str]:
         optimizer.load_state_dict(state["optimizer"])
     elif rank == 0:
         create_run(run_dir, args, world_size)
-    log = MetricsLog(run_dir, iteration) if rank == 0 else None
+    log = MetricsLog(run_dir, iteration, global_step) if rank == 0 else None
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=None if rank == 0 else True)
 
     def solved() -> bool:
@@ -455,7 +466,7 @@ def train(args: Args) -> dict[str, float | str]:
             log_probs = log_softmax_each(actor(tensor(obs[:-1])), nvec)  # (T, N, A)
         outcome = tensor(rewards), values, tensor(terminated), tensor(truncated)
         advantages = compute_gae(*outcome, args.gamma, args.gae_lambda)  # (T, N)
-        columns = tensor(choices + np.cumsum([0, *nvec[:-1]]))  # (T, N, C)
+        columns = tensor(choices + np.cumsum([0, *nvec[:-1]]))  # (T, N, C) within a row of log-probs
         rollout = tensor(obs[:-1]), columns, log_probs, values[:-1], advantages, advantages + values[:-1]
         valid = tensor(~resets[:-1])  # (T, N)
         batch = Batch(*(x[valid] for x in rollout))  # (B, ...) with B <= T N
@@ -492,14 +503,14 @@ def train(args: Args) -> dict[str, float | str]:
         rows["clipfrac"] = (log_ratio.exp() - 1).abs() > args.clip_coef
         rows["grad_norm"] = torch.stack(grad_norms)
         counts, means, stds = global_moments([batch.returns, batch.returns - batch.old_values, *rows.values()])
-        if not np.isfinite(means).all():
+        if not (np.isfinite(means).all() and parameters.isfinite().all()):
             raise FloatingPointError(f"the loss of iteration {iteration} is not finite (NaN from the environment?)")
         losses = dict(zip(rows, means[2:].tolist()))
         losses["explained_variance"] = 1 - (stds[1] / stds[0]).item() ** 2 if stds[0] else math.nan
         global_step += int(counts[0])
         finished = np.zeros((2, num_steps, args.num_envs))
         finished[..., my_envs] = finished_episodes(rewards, resets, under_way)
-        sum_over_ranks(torch.from_numpy(finished))
+        sum_over_ranks(torch.from_numpy(finished))  # each rank adds its environments; NaN stays NaN
         recent.extend(finished[:, ~np.isnan(finished[0])].T.tolist())
         mean_return, mean_length = np.mean(recent, axis=0).tolist() if recent else (math.nan, math.nan)
         seconds = time.perf_counter() - start
@@ -530,6 +541,7 @@ def train(args: Args) -> dict[str, float | str]:
     save_checkpoint()
     weights = {name: weight.cpu().clone() for name, weight in actor.state_dict().items()}
     write_atomically(run_dir / "policy.pt", {"spec": spec, "weights": weights})
+    draw_returns(run_dir)
     summary = {"script": SCRIPT, "task": args.env_id, "seed": args.seed, "global_step": global_step}
     summary |= {"seconds": seconds, "steps_per_second": global_step / seconds}
     if recent:
@@ -586,7 +598,7 @@ def play(args: Args) -> None:
         raise UserError("--eval-episodes must be at least 1 for --play")
     path = Path(args.play)
     policy = load_policy(path)
-    videos = (path if path.is_dir() else path.parent) / "videos" if args.capture_video else None
+    videos = (path if path.is_dir() else path.parent) / "play_videos" if args.capture_video else None
     for mode in ("greedy", "sampled"):
         returns = evaluate(policy, args.eval_episodes, mode, args.seed, videos)
         print(f"{mode}: mean {np.mean(returns):.1f} of " + " ".join(f"{r:g}" for r in returns))
@@ -604,12 +616,14 @@ class UserError(Exception):
 
 def check_args(args: Args, world_size: int) -> None:
     """Raises UserError for a flag whose value cannot work."""
-    counts = "num_envs num_steps total_timesteps num_minibatches update_epochs checkpoint_interval torch_threads"
+    counts = "num_envs total_timesteps num_minibatches update_epochs checkpoint_interval"
     scales = "learning_rate clip_coef max_grad_norm target_kl kl_penalty kl_penalty_target"
     limits = {
         "at least 1": (counts, lambda x: x >= 1),
-        "above 0": (scales, lambda x: 0 < x < math.inf),
-        "0 or more": ("seed ent_coef vf_coef eval_episodes", lambda x: 0 <= x < math.inf),
+        "at least 2, for one of two rows in a row can be a reset": ("num_steps", lambda x: x >= 2),
+        "between 1 and 1024": ("torch_threads", lambda x: 1 <= x <= 1024),
+        "above 0": (scales, lambda x: x > 0),
+        "between 0 and 2**32 - 1": ("seed ent_coef vf_coef eval_episodes", lambda x: 0 <= x < 2**32),
         "between 0 and 1": ("gamma gae_lambda", lambda x: 0 <= x <= 1),
     }
     for limit, (names, holds) in limits.items():
@@ -617,6 +631,13 @@ def check_args(args: Args, world_size: int) -> None:
             value = getattr(args, name)
             if value is not None and not holds(value):
                 raise UserError(f"--{name.replace('_', '-')} must be {limit}, not {value}")
+    if args.resume:
+        saved = saved_args(args.resume)
+        for name in (field.name for field in fields(Args) if field.name != "run_dir"):
+            if getattr(args, name) != getattr(saved, name):
+                raise UserError(f"--{name.replace('_', '-')} contradicts the run in {args.resume}: leave it out")
+    if args.capture_video and not args.eval_episodes:
+        raise UserError("--capture-video records evaluation episodes: set --eval-episodes to at least 1")
     if args.num_envs % world_size:
         raise UserError(f"--num-envs {args.num_envs} must be a multiple of the {world_size} processes")
     if args.num_minibatches * world_size > args.num_envs * args.num_steps:
@@ -642,7 +663,8 @@ def make_envs(env_id: str, num_envs: int, mode: str) -> gym.vector.VectorEnv:
 
 
 def make_eval_env(env_id: str, render: bool) -> gym.Env:
-    """One environment with flat observations. Raises UserError, also where it cannot render though it should."""
+    """One environment with flat observations whose episodes end. Raises UserError, also where it should but cannot
+    render."""
     with user_error_in(f"--env-id {env_id}"):
         env = gym.make(env_id, **({"render_mode": "rgb_array"} if render else {}))
     if render:
@@ -650,6 +672,8 @@ def make_eval_env(env_id: str, render: bool) -> gym.Env:
             import_module("moviepy")
             env.reset()
             env.render()
+    if env.spec.max_episode_steps is None:  # a policy may walk in circles for ever
+        env = gym.wrappers.TimeLimit(env, 10_000)
     return gym.wrappers.FlattenObservation(env)
 
 
@@ -665,6 +689,7 @@ def policy_spec(env_id: str, envs: gym.vector.VectorEnv) -> dict:
         "nvec": np.ravel(space.n if isinstance(space, Discrete) else space.nvec).tolist(),
         "start": np.ravel(space.start).tolist(),  # first action of each component
         "action_shape": list(space.shape),
+        "dtype": str(space.dtype),
     }
 
 
@@ -703,7 +728,7 @@ def default_run_dir(env_id: str, seed: int) -> str:
 
 def create_run(run_dir: Path, args: Args, world_size: int) -> None:
     """Makes the run directory with its config.json. Raises UserError where a run is already."""
-    if (run_dir / "config.json").exists():
+    if any((run_dir / name).exists() for name in ("config.json", "metrics.csv", "checkpoint.pt", "policy.pt")):
         raise UserError(f"--run-dir {run_dir} already holds a run: choose another, or continue it with --resume")
     with user_error_in(f"--run-dir {run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -757,14 +782,16 @@ def load_saved(path: Path) -> dict:
 class MetricsLog:
     """metrics.csv and TensorBoard's event file in a run directory: a row per iteration, the same names in both."""
 
-    def __init__(self, run_dir: Path, rows: int):
-        """Goes on after the given number of rows: those of the checkpoint. Later ones, of a run cut short, go."""
+    def __init__(self, run_dir: Path, rows: int, global_step: int):
+        """Goes on after the checkpoint's rows and step; later rows, of a run cut short, go. Raises UserError."""
         self.file = open(run_dir / "metrics.csv", "a+")  # noqa: SIM115 (open as long as the run)
         self.file.seek(0)
-        kept = "".join(itertools.islice(self.file, rows + 1 if rows else 0))
-        self.file.truncate(len(kept))
+        kept = list(itertools.islice(self.file, rows + 1 if rows else 0))
+        if len(kept) <= rows and rows:
+            raise UserError(f"{self.file.name} has lost rows of the {rows} up to the checkpoint: restore it")
+        self.file.truncate(len("".join(kept)))
         self.needs_header = not kept
-        self.events = SummaryWriter(str(run_dir), purge_step=rows + 1)
+        self.events = SummaryWriter(str(run_dir), purge_step=global_step + 1)
 
     def write(self, row: dict[str, float]) -> None:
         """Appends a row, handed to the operating system at once: a killed process loses none."""
@@ -774,7 +801,7 @@ class MetricsLog:
         self.file.write(",".join(map(repr, row.values())) + "\n")
         self.file.flush()
         values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
-        self.events.file_writer.add_summary(Summary(value=values), row["iteration"])
+        self.events.file_writer.add_summary(Summary(value=values), row["global_step"])
 
     def sync(self) -> None:
         """Waits until all rows are on the disk, so that no checkpoint is ahead of them."""
@@ -785,6 +812,18 @@ class MetricsLog:
         """Closes both files."""
         self.file.close()
         self.events.close()
+
+
+def draw_returns(run_dir: Path) -> None:
+    """Draws the training return of metrics.csv over steps as returns.png."""
+    with open(run_dir / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*([float(row[name]) for row in rows] for name in ("global_step", "charts/episodic_return")))
+    axes.set(xlabel="environment steps", ylabel="return (mean of the last 100 episodes)", title=run_dir.name)
+    axes.grid(alpha=0.3)
+    figure.savefig(run_dir / "returns.png")
 
 
 def show_progress(progress: tqdm, done: int, text: str) -> None:
@@ -804,7 +843,7 @@ def user_error_in(what: str) -> Iterator[None]:
     """Turns an error that a library raises about the user's wish into a UserError that begins with what."""
     try:
         yield
-    except (gym.error.Error, ImportError, LookupError, NotImplementedError, OSError, TypeError, ValueError) as error:
+    except Exception as error:  # gymnasium, environments and files fail in many ways
         raise UserError(f"{what}: {error}".splitlines()[0]) from error
 
 
@@ -817,26 +856,20 @@ def parse_flags(default: Args) -> Args:
     except SystemExit as stopped:
         if not stopped.code:  # --help
             raise
-        lines = (line.strip("│ ") for line in box.getvalue().splitlines()[1:])
-        message = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines))
+        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
+        in_text = itertools.dropwhile(lambda line: not re.search(r"\w", line), lines)  # after the frame
+        message = " ".join(itertools.takewhile(re.compile(r"\w").search, in_text))
         raise UserError(f"{message}; --help shows all flags") from None
 
 
-def parse_args() -> Args:
-    """The command line's flags; a resumed run takes them from its config.json. Raises UserError."""
-    args = parse_flags(Args())
-    if args.resume is None:
-        return replace(args, run_dir=args.run_dir or default_run_dir(args.env_id, args.seed))
-    path = Path(args.resume) / "config.json"
-    with user_error_in(f"--resume {args.resume} holds no run of this script"):
-        config = json.loads(path.read_text())
-        saved = replace(Args(**config["args"]), resume=args.resume, run_dir=args.resume)
-    if config["world_size"] != int(os.environ.get("WORLD_SIZE", "1")):
-        raise UserError(f"--resume {args.resume}: the run had {config['world_size']} processes, give it as many")
-    args = parse_flags(saved)
-    for field in fields(Args):
-        if getattr(args, field.name) != getattr(saved, field.name):
-            raise UserError(f"--{field.name.replace('_', '-')} contradicts the run in {args.resume}: leave it out")
+def saved_args(run_dir: str) -> Args:
+    """The flags that continue the run in run_dir: those of its config.json. Raises UserError."""
+    with user_error_in(f"--resume {run_dir} holds no run of this script"):
+        config = json.loads(Path(run_dir, "config.json").read_text())
+        world_size = int(config["world_size"])
+        args = replace(Args(**config["args"]), resume=run_dir, run_dir=run_dir)
+    if world_size != int(os.environ.get("WORLD_SIZE", "1")):
+        raise UserError(f"--resume {run_dir}: the run had {world_size} processes, give it as many")
     return args
 
 
@@ -853,23 +886,26 @@ def main() -> None:
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     args = None
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
-        args = parse_args()
+        args = parse_flags(Args())
+        if args.resume:
+            args = parse_flags(saved_args(args.resume))
+        args.run_dir = args.resume or args.run_dir or default_run_dir(args.env_id, args.seed)
         play(args) if args.play else train(args)
         if "RANK" in os.environ:
             sys.stdout.flush()
             os._exit(0)  # gloo's threads can abort Python's own shutdown (pytorch pull request 179291)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speaks:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
         print(f"error: {error}; {args.run_dir}/checkpoint.pt is the last good state", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        first_rank = os.environ.get("RANK", "0") == "0"
-        if first_rank and args and not args.play and Path(args.run_dir, "checkpoint.pt").exists():
-            ranks = os.environ.get("LOCAL_WORLD_SIZE")
-            launcher = ["torchrun", "--nproc-per-node", ranks] if ranks else [Path(sys.executable).name]
+        if speaks and args and not args.play and Path(args.run_dir, "checkpoint.pt").exists():
+            launcher = ["torchrun", "..."] if "RANK" in os.environ else [sys.executable]
             command = shlex.join([*launcher, sys.argv[0], "--resume", args.run_dir])
             print(f"stopped; resume with: {command}", file=sys.stderr)
         sys.exit(130)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 
 # CleanRL's settings for CartPole-v1, in the flags of ppo_mlp_discrete.py and as stable-baselines3 calls them.
-CLEANRL = "--num-envs 4 --num-steps 128 --update-epochs 4 --num-minibatches 4 --learning-rate 2.5e-4 --gamma 0.99"
+CLEANRL = "--update-epochs 4 --num-minibatches 4 --learning-rate 2.5e-4 --gamma 0.99"
 CLEANRL += " --gae-lambda 0.95 --ent-coef 0.01 --eval-episodes 0"
 SB3_SAME_WORK = """
 env = make_vec_env("CartPole-v1", n_envs=4, seed={seed})
@@ -109,8 +109,8 @@ def spread(values: list[float], digits: int = 0) -> str:
 
 def discrete(args: Args) -> dict:
     """CartPole-v1: steps/s at equal work, seconds to a mean return of 475, and steps/s by number of environments."""
-    widths = (4, 64, 1024)
-    bar = tqdm(total=4 * args.pairs + len(widths) * 3, unit="run")
+    shapes = {4: 128, 64: 128, 1024: 16}  # environments: steps per rollout
+    bar = tqdm(total=4 * args.pairs + len(shapes) * 3, unit="run")
 
     def step(result: dict) -> dict:
         bar.update()
@@ -118,20 +118,23 @@ def discrete(args: Args) -> dict:
 
     ours, theirs, solved_ours, solved_theirs = [], [], [], []
     for seed in range(1, args.pairs + 1):
-        ours.append(step(run_ours(f"{CLEANRL} --total-timesteps {args.steps} --seed {seed}")))
+        ours.append(
+            step(run_ours(f"{CLEANRL} --num-envs 4 --num-steps 128 --total-timesteps {args.steps} --seed {seed}"))
+        )
         theirs.append(step(run_sb3(SB3_SAME_WORK, seed, args.steps)))
     for seed in range(1, args.pairs + 1):
         solved_ours.append(step(run_ours(f"--target-return 475 --eval-episodes 0 --seed {seed}")))
         solved_theirs.append(step(run_sb3(SB3_ZOO, seed, 100_000, 475)))
     throughput = {}
-    for width in widths:
-        flags = f"{CLEANRL} --num-envs {width} --total-timesteps {max(args.steps, 512 * width)}"
-        throughput[width] = [step(run_ours(f"{flags} --seed {seed}"))["steps_per_second"] for seed in (1, 2, 3)]
+    for envs, steps in shapes.items():
+        flags = f"{CLEANRL} --num-envs {envs} --num-steps {steps} --total-timesteps {max(args.steps, 1000 * envs)}"
+        throughput[envs] = [step(run_ours(f"{flags} --seed {seed}"))["steps_per_second"] for seed in (1, 2, 3)]
     bar.close()
 
     rates = [[result["steps_per_second"] for result in side] for side in (ours, theirs)]
     ratios = [a / b for a, b in zip(*rates)]
     print("\nsame work: 4 envs x 128 steps, 4 epochs x 4 minibatches, 64-64 tanh, one thread each")
+    print("(environments as each makes them by default: CartPoleVectorEnv of gymnasium here, DummyVecEnv there)")
     print(f"  ppo_mlp_discrete.py    {spread(rates[0])} steps/s")
     print(f"  stable-baselines3      {spread(rates[1])} steps/s")
     pairs = ", ".join(f"{ratio:.2f}" for ratio in ratios)
@@ -142,9 +145,9 @@ def discrete(args: Args) -> dict:
     for name, walls in (("ppo_mlp_discrete.py", reached), ("stable-baselines3", reached_theirs)):
         seconds = f"{spread(walls, 1)} s, " if walls else ""
         print(f"  {name:22} {seconds}{len(walls)} of {args.pairs} seeds reached it")
-    print("steps/s by number of environments (128 steps each), one thread")
-    for width, values in throughput.items():
-        print(f"  {width:>5} envs  {spread(values)}")
+    print("steps/s by number of environments, one thread")
+    for envs, values in throughput.items():
+        print(f"  {envs:>5} envs x {shapes[envs]:>3} steps  {spread(values)}")
     return {
         "same_work": {"ours": rates[0], "stable_baselines3": rates[1], "ratios": ratios},
         "seconds_to_475": {"ours": reached, "stable_baselines3": reached_theirs, "seeds": args.pairs},

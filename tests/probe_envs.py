@@ -82,7 +82,7 @@ class Locks(Probe):
     depending on the scene. Catches mixed-up components of MultiDiscrete actions."""
 
     observation_space = Dict(level=Discrete(3, start=4), colour=Box(0, 255, (2, 2), np.uint8))
-    action_space = MultiDiscrete([3, 2, 4], start=[2, 0, -1])
+    action_space = MultiDiscrete([3, 2, 4], start=[2, 0, -1], dtype=np.int32)
 
     def scene(self):
         """A level, and black or white."""
@@ -138,6 +138,10 @@ class Endless(Probe):
         return self.now.copy(), 1.0, False, False, {}
 
 
+class Forever(Endless):
+    """The same without a time limit."""
+
+
 class BrokenLater(Endless):
     """The reward becomes NaN after 150 steps in one environment."""
 
@@ -178,6 +182,7 @@ for probe in (
     Grid,
     Numbered,
     Endless,
+    Forever,
     BrokenLater,
     Shapeless,
     Continuous,

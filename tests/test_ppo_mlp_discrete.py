@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 import probe_envs  # noqa: F401 (registers the probes)
 import pytest
+import ranks_gradient
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -285,7 +286,7 @@ def test_tanh_is_tanh():
 def test_the_policy_at_work_is_the_trained_network():
     torch.manual_seed(0)
     actor = ppo.mlp(5, 7, 1.0)
-    policy = ppo.Policy({"nvec": [3, 4], "start": [0, 2], "action_shape": [2]}, actor.state_dict())
+    policy = ppo.Policy({"nvec": [3, 4], "start": [0, 2], "action_shape": [2], "dtype": "int64"}, actor.state_dict())
     obs = torch.randn(9, 5)
     logits = actor(obs).detach()
     np.testing.assert_allclose(policy.logits(obs.numpy()), logits.numpy(), atol=1e-6)
@@ -297,7 +298,8 @@ def test_the_policy_at_work_is_the_trained_network():
 def test_sampled_actions_follow_the_policy():
     logits = np.array([0.0, 1.0, -1.0, 2.0, 0.0], np.float32)
     policy = ppo.Policy(
-        {"nvec": [3, 2], "start": [0, 0], "action_shape": [2]}, {"w": torch.zeros(5, 1), "b": torch.tensor(logits)}
+        {"nvec": [3, 2], "start": [0, 0], "action_shape": [2], "dtype": "int64"},
+        {"w": torch.zeros(5, 1), "b": torch.tensor(logits)},
     )
     actions = policy.act(np.zeros((20_000, 1)), np.random.default_rng(0))
     for component, part in ((0, logits[:3]), (1, logits[3:])):
@@ -313,13 +315,14 @@ def test_every_row_once_per_epoch(rows, num_minibatches, epochs):
     batch = Batch(column[:, None], column[:, None], column[:, None], column, column, column)
     args = Args(num_minibatches=num_minibatches, update_epochs=epochs, norm_adv=False)
     minibatches = list(ppo.shuffled_minibatches(batch, args))
-    assert len(minibatches) == epochs * num_minibatches
+    per_epoch = min(num_minibatches, rows)  # empty ones are skipped
+    assert len(minibatches) == epochs * per_epoch
     for epoch in range(epochs):
-        parts = [m for m, _ in minibatches[epoch * num_minibatches : (epoch + 1) * num_minibatches]]
+        parts = [m for m, _ in minibatches[epoch * per_epoch : (epoch + 1) * per_epoch]]
         assert sorted(torch.cat([m.returns for m in parts]).tolist()) == column.tolist()
         assert all(torch.equal(m.obs[:, 0], m.advantages) for m in parts)  # columns stay together
         assert max(len(m.obs) for m in parts) - min(len(m.obs) for m in parts) <= 1
-    assert all(count == max(len(m.obs), 1) for m, count in minibatches)
+    assert all(count == len(m.obs) for m, count in minibatches)
 
 
 def test_epochs_are_shuffled_anew():
@@ -393,7 +396,7 @@ def test_flattened_parameters_share_memory():
 def train_probe(tmp_path, name, **changes):
     """Trains on a probe and returns the run directory."""
     args = {**SMALL, "env_id": f"probe_envs:{name}-v0", "total_timesteps": 6_000, "learning_rate": 3e-3, "gamma": 0.9}
-    ppo.train(Args(run_dir=str(tmp_path / name), checkpoint_interval=1000, **args | changes))
+    ppo.train(Args(run_dir=str(tmp_path / name), **{"checkpoint_interval": 1000} | args | changes))
     return tmp_path / name
 
 
@@ -504,6 +507,70 @@ def test_gradient_is_clipped_and_learning_rate_falls(tmp_path, monkeypatch):
     assert max(float(row["losses/grad_norm"]) for row in rows) > 0.1  # logged before clipping
 
 
+def test_learning_rate_can_stay(tmp_path):
+    rows = read_metrics(train_probe(tmp_path, "Constant", total_timesteps=300, anneal_lr=False))
+    assert {float(row["charts/learning_rate"]) for row in rows} == {3e-3}
+
+
+def test_metrics_are_means_over_all_minibatches(tmp_path, monkeypatch):
+    """Each loss column, computed anew from what the loss saw; Adam's gradients give the norms before clipping."""
+    seen, norms, explained = [], [], []
+    loss, minibatches = ppo.ppo_loss, ppo.shuffled_minibatches
+
+    def spy_loss(*a):
+        result = loss(*a)
+        seen.append({name: part.double().numpy() for name, part in result[1].items()})
+        return result
+
+    def spy_batch(batch, args):
+        explained.append(1 - np.var((batch.returns - batch.old_values).numpy()) / np.var(batch.returns.numpy()))
+        return minibatches(batch, args)
+
+    monkeypatch.setattr(ppo, "ppo_loss", spy_loss)
+    monkeypatch.setattr(ppo, "shuffled_minibatches", spy_batch)
+    step = torch.optim.Adam.step
+    gradient_norm = lambda self: norms.append(self.param_groups[0]["params"][0].grad.norm().item())  # noqa: E731
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (gradient_norm(self), step(self))[1])
+    run_dir = train_probe(tmp_path, "Mirror", total_timesteps=400, learning_rate=0.03, max_grad_norm=1e9)
+    per_iteration = SMALL["update_epochs"] * SMALL["num_minibatches"]
+    for i, row in enumerate(read_metrics(run_dir)):
+        here = slice(i * per_iteration, (i + 1) * per_iteration)
+        parts = {name: np.concatenate([x[name] for x in seen[here]]) for name in seen[0]}
+        ratio = np.exp(parts.pop("log_ratio"))
+        parts["old_approx_kl"], parts["approx_kl"] = -np.log(ratio), ratio - 1 - np.log(ratio)
+        parts["clipfrac"] = (ratio < 0.8) | (ratio > 1.2)
+        expected = {name: np.mean(part) for name, part in parts.items()}
+        expected |= {"grad_norm": np.mean(norms[here]), "explained_variance": explained[i]}
+        columns = {name.removeprefix("losses/"): float(x) for name, x in row.items() if name.startswith("losses/")}
+        assert columns == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert columns["clipfrac"] > 0
+
+
+def test_episodes_that_end_at_a_checkpoint(tmp_path):
+    """One-step episodes end in the last row before each checkpoint; after the reset the first row counts again."""
+    args = SMALL | {"num_steps": 3, "checkpoint_interval": 1, "total_timesteps": 99}
+    summary = ppo.train(Args(env_id="probe_envs:Constant-v0", run_dir=str(tmp_path / "x"), **args))
+    steps = [int(row["global_step"]) for row in read_metrics(tmp_path / "x")]
+    assert steps == [8 * (i + 1) for i in range(len(steps))]  # step, reset, step in each of 4 environments
+    assert summary["train_return"] == 1
+
+
+def test_an_environment_without_a_limit_is_evaluated(tmp_path, monkeypatch):
+    """An episode of a policy that never gets anywhere is cut."""
+    monkeypatch.setattr(
+        gym.wrappers, "TimeLimit", lambda env, steps, limit=gym.wrappers.TimeLimit: limit(env, steps // 100)
+    )
+    run_dir = train_probe(tmp_path, "Forever", total_timesteps=100, eval_episodes=2)
+    assert json.loads((run_dir / "summary.json").read_text())["eval_return_greedy"] == 100
+
+
+def test_progress_without_a_terminal(tmp_path, capsys):
+    train_probe(tmp_path, "Constant", total_timesteps=3200)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10
+    assert lines[-1].startswith("3,200/3,200: return 1.0")
+
+
 def test_kl_stop_comes_before_the_step(tmp_path, monkeypatch):
     """With a target below what one step changes, each rollout makes exactly one step."""
     steps = []
@@ -524,6 +591,9 @@ def test_play_and_load_policy_give_the_summarys_returns(tmp_path, monkeypatch, c
     run_dir = tmp_path / "run"
     summary = ppo.train(Args(total_timesteps=2000, eval_episodes=5, seed=3, run_dir=str(run_dir)))
     assert summary == json.loads((run_dir / "summary.json").read_text())
+    config = json.loads((run_dir / "config.json").read_text())
+    assert {"args", "world_size", "versions", "git", "machine"} == set(config)
+    assert Args(**config["args"]) == Args(total_timesteps=2000, eval_episodes=5, seed=3)
     assert {"script", "task", "seed", "global_step", "seconds", "steps_per_second", "train_return"} <= set(summary)
     assert all(isinstance(x, str) or math.isfinite(x) for x in summary.values())
     capsys.readouterr()
@@ -546,7 +616,7 @@ def test_tensorboard_holds_the_same_figures(tmp_path):
     assert set(events.Tags()["scalars"]) == set(rows[0])
     for name in rows[0]:
         scalars = events.Scalars(name)
-        assert [s.step for s in scalars] == [int(row["iteration"]) for row in rows]
+        assert [s.step for s in scalars] == [int(row["global_step"]) for row in rows]
         assert [s.value for s in scalars] == pytest.approx([float(row[name]) for row in rows], nan_ok=True)
 
 
@@ -578,23 +648,17 @@ def start(*argv):
 
 def test_killed_and_resumed_equals_never_stopped(tmp_path):
     """SIGKILL, then SIGTERM in the resumed run, then the command that it prints."""
-    args = {
-        **SMALL,
-        "total_timesteps": 60_000,
-        "checkpoint_interval": 50,
-        "objective": "kl-penalty",
-        "eval_episodes": 2,
-    }
+    args = SMALL | {"total_timesteps": 12_000, "checkpoint_interval": 25, "objective": "kl-penalty", "eval_episodes": 2}
     process = start("--run-dir", tmp_path / "cut", *flags(args))
-    wait_for_rows(tmp_path / "cut", 80, process)
+    wait_for_rows(tmp_path / "cut", 40, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     with open(tmp_path / "cut/metrics.csv", "a") as file:
         file.write("999,12")  # a row cut short, as a power failure may leave it
     before = ppo.load_saved(tmp_path / "cut/checkpoint.pt")["iteration"]
-    assert before % 50 == 0
+    assert before % 25 == 0
     process = start("--resume", tmp_path / "cut")
-    wait_for_rows(tmp_path / "cut", before + 70, process)
+    wait_for_rows(tmp_path / "cut", before + 40, process)
     process.send_signal(signal.SIGTERM)
     errors = process.communicate()[1]
     assert process.returncode == 130
@@ -609,6 +673,30 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path):
     resumed = json.loads((tmp_path / "cut/summary.json").read_text())
     timing = ("seconds", "steps_per_second")
     assert {k: v for k, v in resumed.items() if k not in timing} == {k: v for k, v in whole.items() if k not in timing}
+
+
+def test_gradients_of_two_ranks(tmp_path):
+    """Two ranks with 5 and 8 rows in 3 minibatches give the gradient of one process with the union of each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "tests/ranks_gradient.py"), str(tmp_path), "5", "8"]
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    batches = [ranks_gradient.make_batch(rank, rows) for rank, rows in enumerate((5, 8))]
+    records = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert sorted(row for part in records[1] for row in part["rows"]) == list(range(8))
+    for mine, other in zip(*records):
+        assert torch.equal(mine["gradient"], other["gradient"])
+        union = Batch(
+            *map(torch.cat, zip(*(Batch(*(x[part["rows"]] for x in b)) for b, part in zip(batches, (mine, other)))))
+        )
+        normalized = (union.advantages - union.advantages.mean()) / (union.advantages.std() + 1e-8)
+        actor, critic = ranks_gradient.make_networks()
+        flat = ppo.flatten_parameters(actor, critic)
+        args = Args(ent_coef=0.1)
+        union = union._replace(advantages=normalized)
+        ppo.ppo_loss(actor, critic, union, len(normalized), [3], 1.0, args)[0].backward()
+        torch.testing.assert_close(mine["gradient"], flat.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_two_ranks_equal_one_process(tmp_path):
@@ -645,7 +733,10 @@ def test_two_ranks_equal_one_process(tmp_path):
         (["--env-id", "Acrobot-v1", "--vectorization-mode", "vector_entry_point"], "vector entry point"),
         (["--num-envs", "0"], "--num-envs"),
         (["--num-envs", "some"], "--num-envs"),
-        (["--num-env", "4"], "--num-envs"),
+        (["--num-env", "4"], "--num-env, 4"),
+        (["--num-steps", "1"], "--num-steps"),
+        (["--seed", "9" * 20], "--seed"),
+        (["--capture-video", "--eval-episodes", "0"], "--eval-episodes"),
         (["--objective", "clap"], "--objective"),
         (["--gamma", "1.5"], "--gamma"),
         (["--gamma", "nan"], "--gamma"),
@@ -672,6 +763,36 @@ def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys, wrong, named)
     assert lines[0].startswith("error: ")
     assert named in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_resume_from_python_takes_the_runs_flags(tmp_path):
+    run_dir = train_probe(tmp_path, "Constant", total_timesteps=100)
+    with pytest.raises(ppo.UserError, match="contradicts"):
+        ppo.train(Args(resume=str(run_dir)))
+    assert ppo.train(ppo.saved_args(str(run_dir)))["global_step"] >= 100
+
+
+def test_resume_needs_the_metrics(tmp_path, monkeypatch, capsys):
+    run_dir = train_probe(tmp_path, "Constant", total_timesteps=100)
+    (run_dir / "metrics.csv").write_text("iteration\n1\n")
+    code, lines = run_main(monkeypatch, capsys, "--resume", run_dir)
+    assert code == 2
+    assert lines == [f"error: {run_dir}/metrics.csv has lost rows of the 4 up to the checkpoint: restore it"]
+
+
+def test_other_files_are_not_overwritten(tmp_path, monkeypatch, capsys):
+    (tmp_path / "policy.pt").write_text("mine")
+    code, lines = run_main(monkeypatch, capsys, "--run-dir", tmp_path)
+    assert code == 2
+    assert "--run-dir" in lines[0]
+    assert (tmp_path / "policy.pt").read_text() == "mine"
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    args = {"learning_rate": 1e38, "checkpoint_interval": 1, "update_epochs": 1, "num_minibatches": 1}
+    with pytest.raises(FloatingPointError):
+        train_probe(tmp_path, "Mirror", **args)
+    assert ppo.load_saved(tmp_path / "Mirror/checkpoint.pt")["parameters"].isfinite().all()
 
 
 def test_a_mistake_in_a_real_process(tmp_path):
