@@ -28,6 +28,7 @@ Where this differs from the paper or from CleanRL, and why:
   statistics and the step count.
 - The KL stop looks at each minibatch before its step; CleanRL looks once per epoch, after the steps.
 - Losses and KL are logged as means over all minibatches; CleanRL logs the last one.
+- Actions are chosen in NumPy, and all parameters are views of one vector: both only for speed.
 - The learning rate falls with the steps taken, not with the iterations, because reset rows make those differ.
 - Value clipping is off by default: Andrychowicz et al. 2021 (https://arxiv.org/abs/2006.05990) found that it hurts.
 """
