@@ -891,6 +891,8 @@ def main() -> None:
     try:
         args = parse_flags(Args())
         if args.resume:
+            if args.run_dir:
+                raise UserError("--run-dir contradicts --resume, which goes on in its own directory: leave it out")
             args = parse_flags(saved_args(args.resume))
         args.run_dir = args.resume or args.run_dir or default_run_dir(args.env_id, args.seed)
         play(args) if args.play else train(args)

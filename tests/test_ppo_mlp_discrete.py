@@ -743,6 +743,7 @@ def test_two_ranks_equal_one_process(tmp_path):
         (["--num-minibatches", "9", "--num-envs", "2", "--num-steps", "4"], "--num-minibatches"),
         (["--device", "cuda"], "--device cuda"),
         (["--resume", "nowhere"], "--resume nowhere"),
+        (["--resume", "nowhere", "--run-dir", "elsewhere"], "--run-dir"),
         (["--play", "nowhere/policy.pt"], "nowhere/policy.pt"),
         (["--play", "nowhere", "--eval-episodes", "0"], "--eval-episodes"),
         (["--run-dir", "file/in/the/way"], "--run-dir"),
