@@ -621,7 +621,7 @@ def check_args(args: Args, world_size: int) -> None:
     scales = "learning_rate clip_coef max_grad_norm target_kl kl_penalty kl_penalty_target"
     limits = {
         "at least 1": (counts, lambda x: x >= 1),
-        "at least 2, for one of two rows in a row can be a reset": ("num_steps", lambda x: x >= 2),
+        "at least 2 (one row may be a reset)": ("num_steps", lambda x: x >= 2),
         "between 1 and 1024": ("torch_threads", lambda x: 1 <= x <= 1024),
         "above 0": (scales, lambda x: x > 0),
         "between 0 and 2**32 - 1": ("seed ent_coef vf_coef eval_episodes", lambda x: 0 <= x < 2**32),

@@ -527,8 +527,12 @@ def test_metrics_are_means_over_all_minibatches(tmp_path, monkeypatch):
     monkeypatch.setattr(ppo, "ppo_loss", spy_loss)
     monkeypatch.setattr(ppo, "shuffled_minibatches", spy_batch)
     step = torch.optim.Adam.step
-    gradient_norm = lambda self: norms.append(self.param_groups[0]["params"][0].grad.norm().item())  # noqa: E731
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (gradient_norm(self), step(self))[1])
+
+    def spy_step(self):
+        norms.append(self.param_groups[0]["params"][0].grad.norm().item())
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy_step)
     run_dir = train_probe(tmp_path, "Coloured", total_timesteps=400, learning_rate=0.03, max_grad_norm=1e9)
     per_iteration = SMALL["update_epochs"] * SMALL["num_minibatches"]
     for i, row in enumerate(read_metrics(run_dir)):
