@@ -183,7 +183,7 @@ class Policy:
     one row of A = sum(nvec) columns, component after component."""
 
     def __init__(self, spec: dict, weights: dict[str, Tensor]):
-        """spec: what `policy_spec` returns. weights: state_dict of the actor's `mlp`."""
+        """spec: what `discrete_spec` returns. weights: state_dict of the actor's `mlp`."""
         arrays = [weight.numpy(force=True) for weight in weights.values()]
         self.spec = spec
         self.layers = [(weight.T, bias) for weight, bias in zip(arrays[::2], arrays[1::2])]
@@ -287,7 +287,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
     return 0.5 * squared
 
 
-class Batch(NamedTuple):
+class CategoricalBatch(NamedTuple):
     """B rows of experience; all that the loss needs to know of them."""
 
     obs: Tensor  # (B, obs_dim)
@@ -298,8 +298,8 @@ class Batch(NamedTuple):
     returns: Tensor  # (B,)
 
 
-def ppo_loss(
-    actor: nn.Module, critic: nn.Module, batch: Batch, count: float, nvec: list[int], beta: float, args: Args
+def categorical_ppo_loss(
+    actor: nn.Module, critic: nn.Module, batch: CategoricalBatch, count: float, nvec: list[int], beta: float, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a minibatch, and its detached parts per row (B,).
 
@@ -331,13 +331,14 @@ def global_moments(parts: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray, np.
     return count, mean, np.sqrt(np.maximum(squares - total * mean, 0) / np.maximum(count - 1, 1))
 
 
-def shuffled_minibatches(batch: Batch, args: Args) -> Iterator[tuple[Batch, float]]:
+def shuffled_minibatches(batch: NamedTuple, args: Args) -> Iterator[tuple[NamedTuple, float]]:
     """Yields minibatches of nearly equal size that hold every row once per epoch, shuffled anew in each, with the
     number of rows of each over all ranks. With norm_adv, the advantages of a minibatch have mean 0 and std 1 over all
     ranks; a single row has no std and stays as it is."""
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(batch.obs)).to(batch.obs.device)
-        minibatches = [Batch(*parts) for parts in zip(*(x[order].tensor_split(args.num_minibatches) for x in batch))]
+        order = torch.randperm(len(batch.advantages)).to(batch.advantages.device)
+        parts = (x[order].tensor_split(args.num_minibatches) for x in batch)
+        minibatches = [batch._make(part) for part in zip(*parts)]
         moments = global_moments([minibatch.advantages for minibatch in minibatches])
         for minibatch, count, mean, std in zip(minibatches, *moments):
             if args.norm_adv and count > 1:
@@ -394,13 +395,13 @@ def train(args: Args) -> dict[str, float | str]:
     if args.eval_episodes:
         make_eval_env(args.env_id, args.capture_video).close()  # fails now rather than after training
     envs = make_envs(args.env_id, num_envs, args.vectorization_mode)
-    spec = policy_spec(args.env_id, envs)
+    spec = discrete_spec(args.env_id, envs)
     obs_dim, nvec = spec["obs_dim"], spec["nvec"]
     actor = mlp(obs_dim, sum(nvec), output_gain=0.01).to(device)
     critic = mlp(obs_dim, 1, output_gain=1.0).to(device)
     parameters = flatten_parameters(actor, critic)
     optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=1e-5, fused=True)
-    loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
+    loss_fn = torch.compile(categorical_ppo_loss) if args.compile else categorical_ppo_loss
 
     # Rollouts are collected in NumPy, where the environments live. Row t holds obs[t], the action chosen there and what
     # came of it; the observation after the last row becomes row 0 of the next rollout. resets[t]: the step before row t
@@ -470,7 +471,7 @@ def train(args: Args) -> dict[str, float | str]:
         columns = tensor(choices + np.cumsum([0, *nvec[:-1]]))  # (T, N, C) within a row of log-probs
         rollout = tensor(obs[:-1]), columns, log_probs, values[:-1], advantages, advantages + values[:-1]
         valid = tensor(~resets[:-1])  # (T, N)
-        batch = Batch(*(x[valid] for x in rollout))  # (B, ...) with B <= T N
+        batch = CategoricalBatch(*(x[valid] for x in rollout))  # (B, ...) with B <= T N
 
         # 3. Update: several epochs of minibatch steps on this batch.
         learning_rate = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
@@ -609,6 +610,7 @@ def play(args: Args) -> None:
 
 SCRIPT = "ppo_mlp_discrete"
 FORMAT = 1  # of checkpoint.pt and policy.pt: raised whenever what they hold changes
+LIBRARIES = ("torch", "numpy", "gymnasium")  # whose versions config.json tells
 
 
 class UserError(Exception):
@@ -678,7 +680,7 @@ def make_eval_env(env_id: str, render: bool) -> gym.Env:
     return gym.wrappers.FlattenObservation(env)
 
 
-def policy_spec(env_id: str, envs: gym.vector.VectorEnv) -> dict:
+def discrete_spec(env_id: str, envs: gym.vector.VectorEnv) -> dict:
     """What Policy needs to know of the spaces. Raises UserError where the actions are not discrete."""
     space = envs.single_action_space
     if not isinstance(space, Discrete | MultiDiscrete):
@@ -738,7 +740,7 @@ def create_run(run_dir: Path, args: Args, world_size: int) -> None:
     config = {
         "args": asdict(replace(args, run_dir=None)),
         "world_size": world_size,
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy", "gymnasium")},
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in LIBRARIES},
         "git": commit or None,
         "machine": machine(),
     }
