@@ -90,9 +90,9 @@ class Args:
     target_return: float | None = None
     """stop as soon as the mean return of the last 100 training episodes reaches this"""
 
-    num_envs: int = 1
+    num_envs: int = 8
     """parallel environments"""
-    num_steps: int = 2048
+    num_steps: int = 256
     """steps per environment and iteration: an iteration collects num_envs x num_steps"""
     vectorization_mode: Literal["auto", "sync", "async", "vector_entry_point"] = "auto"
     """gymnasium.make_vec's mode; auto: the environment's own vectorised form where it has one, else sync"""
@@ -115,9 +115,11 @@ class Args:
     """normalise observations by their running mean and std, clipped to +-10"""
     norm_reward: bool = True
     """divide rewards by the running std of the discounted return, clipped to +-10"""
-    log_std_init: float = 0.0
+    log_std_init: float = -0.5
     """log of the policy's first standard deviation, in units of the action bounds (see above)"""
-    norm_adv: bool = True
+    recompute_advantages: bool = True
+    """recompute advantages and returns before each epoch, with the values of then (Andrychowicz et al. 2021, §3.5)"""
+    norm_adv: bool = False
     """normalise advantages to mean 0, std 1 within each minibatch"""
     clip_coef: float = 0.2
     """epsilon of the clipped surrogate, and of the value clip"""
@@ -125,7 +127,7 @@ class Args:
     """clip the value loss around the old values (on in CleanRL)"""
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
-    vf_coef: float = 0.5
+    vf_coef: float = 0.25
     """weight of the value loss (half the mean squared error)"""
     max_grad_norm: float = 0.5
     """joint gradient norm of actor and critic is clipped to this"""
@@ -303,11 +305,10 @@ def compute_gae(
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decays = gamma * gae_lambda * (~(terminated | truncated)).to(deltas)
-    advantages = torch.zeros_like(deltas)
-    following = torch.zeros_like(deltas[0])  # (N,)
-    for t in reversed(range(len(deltas))):
-        advantages[t] = following = deltas[t] + decays[t] * following
-    return advantages
+    advantages = [torch.zeros_like(deltas[0])]  # (N,) each, the last step's first
+    for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind())):
+        advantages.append(delta + decay * advantages[-1])
+    return torch.stack(advantages[:0:-1])
 
 
 def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
@@ -392,19 +393,18 @@ def global_moments(parts: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def shuffled_minibatches(batch: NamedTuple, args: Args) -> Iterator[tuple[NamedTuple, float]]:
-    """Yields minibatches of nearly equal size that hold every row once per epoch, shuffled anew in each, with the
-    number of rows of each over all ranks. With norm_adv, the advantages of a minibatch have mean 0 and std 1 over all
-    ranks; a single row has no std and stays as it is."""
-    for _ in range(args.update_epochs):
-        order = torch.randperm(len(batch.advantages)).to(batch.advantages.device)
-        parts = (x[order].tensor_split(args.num_minibatches) for x in batch)
-        minibatches = [batch._make(part) for part in zip(*parts)]
-        moments = global_moments([minibatch.advantages for minibatch in minibatches])
-        for minibatch, count, mean, std in zip(minibatches, *moments):
-            if args.norm_adv and count > 1:
-                minibatch = minibatch._replace(advantages=(minibatch.advantages - mean) / (std + 1e-8))
-            if count:  # reset rows may have left fewer rows than minibatches
-                yield minibatch, count
+    """Yields minibatches of nearly equal size, shuffled, that hold every row once, with the number of rows of each over
+    all ranks. With norm_adv, the advantages of a minibatch have mean 0 and std 1 over all ranks; a single row has no
+    std and stays as it is."""
+    order = torch.randperm(len(batch.advantages)).to(batch.advantages.device)
+    parts = (x[order].tensor_split(args.num_minibatches) for x in batch)
+    minibatches = [batch._make(part) for part in zip(*parts)]
+    moments = global_moments([minibatch.advantages for minibatch in minibatches])
+    for minibatch, count, mean, std in zip(minibatches, *moments):
+        if args.norm_adv and count > 1:
+            minibatch = minibatch._replace(advantages=(minibatch.advantages - mean) / (std + 1e-8))
+        if count:  # reset rows may have left fewer rows than minibatches
+            yield minibatch, count
 
 
 def flatten_parameters(*modules: nn.Module) -> nn.Parameter:
@@ -436,8 +436,8 @@ def finished_episodes(rewards: np.ndarray, resets: np.ndarray, under_way: np.nda
 
 
 def discounted_returns(rewards: np.ndarray, resets: np.ndarray, gamma: float, under_way: np.ndarray) -> np.ndarray:
-    """Sum over k of gamma^k r[t - k] (T, N), from each step back to the start of its episode: rewards are divided by the
-    standard deviation of this (37 details, continuous no. 7). 0 in the rows of resets.
+    """Sum over k of gamma^k r[t - k] (T, N), from each step back to the start of its episode, 0 in rows of resets:
+    what the standard deviation is of that rewards are divided by (37 details, continuous no. 7).
 
     rewards: (T, N). resets: (T + 1, N) as for finished_episodes. under_way: (N,) the last sums, updated in place.
     """
@@ -542,46 +542,56 @@ def train(args: Args) -> dict[str, float | str]:
             actions[t] = policy.means(obs[t]) + noise[t]
             obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(policy.to_env(actions[t]))
         resets[1:] = terminated | truncated
-        valid = ~resets[:-1]  # (T, N)
         if not (np.isfinite(obs).all() and np.isfinite(rewards).all()):
             what = "a reward" if np.isfinite(obs).all() else "an observation"
             raise FloatingPointError(f"{what} of iteration {iteration + 1} is not finite: mend the environment")
 
         # 2. Values and log-probs of the whole rollout in one pass, then advantages, and the returns that values aim at.
         # Rewards are scaled with this rollout counted in; observations as they were when the policy acted on them.
-        scaled_rewards = rewards
+        scaled = tensor(rewards)
         if args.norm_reward:
-            return_moments.update(discounted_returns(rewards, resets, args.gamma, discounted)[valid][:, None])
-            scaled_rewards = (rewards / (return_moments.var + 1e-8).sqrt().float().numpy()).clip(-10, 10)
+            return_moments.update(discounted_returns(rewards, resets, args.gamma, discounted)[~resets[:-1]][:, None])
+            scaled = tensor((rewards / (return_moments.var + 1e-8).sqrt().float().numpy()).clip(-10, 10))
+        ends, valid = (tensor(terminated), tensor(truncated)), tensor(~resets[:-1])  # (T, N) each
         with torch.no_grad():
             inputs = tensor(policy.normalize(obs))  # (T + 1, N, obs_dim)
             values = critic(inputs).squeeze(-1)  # (T + 1, N)
             means, log_std = actor(inputs[:-1])  # (T, N, C), (C,)
             log_probs = gaussian_log_prob(tensor(actions), means, log_std)  # (T, N)
-        outcome = tensor(scaled_rewards), values, tensor(terminated), tensor(truncated)
-        advantages = compute_gae(*outcome, args.gamma, args.gae_lambda)  # (T, N)
-        old_policy = log_probs, means, log_std.clone().expand_as(means)
+            old_policy = log_probs, means, log_std.clone().expand_as(means)
+        advantages = compute_gae(scaled, values, *ends, args.gamma, args.gae_lambda)  # (T, N)
         rollout = inputs[:-1], tensor(actions), *old_policy, values[:-1], advantages, advantages + values[:-1]
-        batch = GaussianBatch(*(x[tensor(valid)] for x in rollout))  # (B, ...) with B <= T N
+        batch = GaussianBatch(*(x[valid] for x in rollout))  # (B, ...) with B <= T N
         if args.norm_obs:
-            obs_moments.update(obs[:-1][valid])  # for the next rollout
+            obs_moments.update(obs[:-1][~resets[:-1]])  # for the next rollout
 
         # 3. Update: several epochs of minibatch steps on this batch.
         learning_rate = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
         optimizer.param_groups[0]["lr"] = learning_rate
         all_parts, grad_norms = [], []
-        for minibatch, count in shuffled_minibatches(batch, args):
-            loss, parts = loss_fn(actor, critic, minibatch, count, beta, args)
-            parameters.grad.zero_()
-            loss.backward()
-            approx_kl = kl_estimates(parts["log_ratio"])[1].sum() / count
-            sum_over_ranks(parameters.grad, approx_kl)
-            all_parts.append(parts)
-            grad_norms.append(parameters.grad.norm())
-            if args.target_kl is not None and approx_kl > args.target_kl:
+        epoch_batch, stopped = batch, False
+        for epoch in range(args.update_epochs):
+            if epoch and args.recompute_advantages:
+                with torch.no_grad():
+                    values = critic(inputs).squeeze(-1)
+                advantages = compute_gae(scaled, values, *ends, args.gamma, args.gae_lambda)
+                returns = advantages + values[:-1]
+                epoch_batch = batch._replace(advantages=advantages[valid], returns=returns[valid])
+            for minibatch, count in shuffled_minibatches(epoch_batch, args):
+                loss, parts = loss_fn(actor, critic, minibatch, count, beta, args)
+                parameters.grad.zero_()
+                loss.backward()
+                approx_kl = kl_estimates(parts["log_ratio"])[1].sum() / count
+                sum_over_ranks(parameters.grad, approx_kl)
+                all_parts.append(parts)
+                grad_norms.append(parameters.grad.norm())
+                stopped = args.target_kl is not None and approx_kl > args.target_kl
+                if stopped:
+                    break
+                parameters.grad.mul_((args.max_grad_norm / (grad_norms[-1] + 1e-6)).clamp(max=1))
+                optimizer.step()
+            if stopped:
                 break
-            parameters.grad.mul_((args.max_grad_norm / (grad_norms[-1] + 1e-6)).clamp(max=1))
-            optimizer.step()
         iteration += 1
         penalty = {}
         if args.objective == "kl-penalty":
@@ -704,6 +714,22 @@ def play(args: Args) -> None:
 SCRIPT = "ppo_mlp_continuous"
 FORMAT = 1  # of checkpoint.pt and policy.pt: raised whenever what they hold changes
 LIBRARIES = ("torch", "numpy", "gymnasium", "mujoco")  # whose versions config.json tells
+# What check_args demands of the values of flags.
+LIMITS = {
+    "at least 1": (
+        "num_envs total_timesteps num_minibatches update_epochs checkpoint_interval",
+        lambda x: x >= 1,
+    ),
+    "at least 2 (one row may be a reset)": ("num_steps", lambda x: x >= 2),
+    "between 1 and 1024": ("torch_threads", lambda x: 1 <= x <= 1024),
+    "above 0": (
+        "learning_rate clip_coef max_grad_norm target_kl kl_penalty kl_penalty_target",
+        lambda x: x > 0,
+    ),
+    "between 0 and 2**32 - 1": ("seed ent_coef vf_coef eval_episodes", lambda x: 0 <= x < 2**32),
+    "between 0 and 1": ("gamma gae_lambda", lambda x: 0 <= x <= 1),
+    "between -20 and 5": ("log_std_init", lambda x: -20 <= x <= 5),
+}
 
 
 class UserError(Exception):
@@ -712,17 +738,7 @@ class UserError(Exception):
 
 def check_args(args: Args, world_size: int) -> None:
     """Raises UserError for a flag whose value cannot work."""
-    counts = "num_envs total_timesteps num_minibatches update_epochs checkpoint_interval"
-    scales = "learning_rate clip_coef max_grad_norm target_kl kl_penalty kl_penalty_target"
-    limits = {
-        "at least 1": (counts, lambda x: x >= 1),
-        "at least 2 (one row may be a reset)": ("num_steps", lambda x: x >= 2),
-        "between 1 and 1024": ("torch_threads", lambda x: 1 <= x <= 1024),
-        "above 0": (scales, lambda x: x > 0),
-        "between 0 and 2**32 - 1": ("seed ent_coef vf_coef eval_episodes", lambda x: 0 <= x < 2**32),
-        "between 0 and 1": ("gamma gae_lambda", lambda x: 0 <= x <= 1),
-    }
-    for limit, (names, holds) in limits.items():
+    for limit, (names, holds) in LIMITS.items():
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not holds(value):

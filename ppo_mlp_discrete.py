@@ -235,11 +235,10 @@ def compute_gae(
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decays = gamma * gae_lambda * (~(terminated | truncated)).to(deltas)
-    advantages = torch.zeros_like(deltas)
-    following = torch.zeros_like(deltas[0])  # (N,)
-    for t in reversed(range(len(deltas))):
-        advantages[t] = following = deltas[t] + decays[t] * following
-    return advantages
+    advantages = [torch.zeros_like(deltas[0])]  # (N,) each, the last step's first
+    for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind())):
+        advantages.append(delta + decay * advantages[-1])
+    return torch.stack(advantages[:0:-1])
 
 
 def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
@@ -332,19 +331,18 @@ def global_moments(parts: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def shuffled_minibatches(batch: NamedTuple, args: Args) -> Iterator[tuple[NamedTuple, float]]:
-    """Yields minibatches of nearly equal size that hold every row once per epoch, shuffled anew in each, with the
-    number of rows of each over all ranks. With norm_adv, the advantages of a minibatch have mean 0 and std 1 over all
-    ranks; a single row has no std and stays as it is."""
-    for _ in range(args.update_epochs):
-        order = torch.randperm(len(batch.advantages)).to(batch.advantages.device)
-        parts = (x[order].tensor_split(args.num_minibatches) for x in batch)
-        minibatches = [batch._make(part) for part in zip(*parts)]
-        moments = global_moments([minibatch.advantages for minibatch in minibatches])
-        for minibatch, count, mean, std in zip(minibatches, *moments):
-            if args.norm_adv and count > 1:
-                minibatch = minibatch._replace(advantages=(minibatch.advantages - mean) / (std + 1e-8))
-            if count:  # reset rows may have left fewer rows than minibatches
-                yield minibatch, count
+    """Yields minibatches of nearly equal size, shuffled, that hold every row once, with the number of rows of each over
+    all ranks. With norm_adv, the advantages of a minibatch have mean 0 and std 1 over all ranks; a single row has no
+    std and stays as it is."""
+    order = torch.randperm(len(batch.advantages)).to(batch.advantages.device)
+    parts = (x[order].tensor_split(args.num_minibatches) for x in batch)
+    minibatches = [batch._make(part) for part in zip(*parts)]
+    moments = global_moments([minibatch.advantages for minibatch in minibatches])
+    for minibatch, count, mean, std in zip(minibatches, *moments):
+        if args.norm_adv and count > 1:
+            minibatch = minibatch._replace(advantages=(minibatch.advantages - mean) / (std + 1e-8))
+        if count:  # reset rows may have left fewer rows than minibatches
+            yield minibatch, count
 
 
 def flatten_parameters(*modules: nn.Module) -> nn.Parameter:
@@ -476,19 +474,23 @@ def train(args: Args) -> dict[str, float | str]:
         # 3. Update: several epochs of minibatch steps on this batch.
         learning_rate = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
         optimizer.param_groups[0]["lr"] = learning_rate
-        all_parts, grad_norms = [], []
-        for minibatch, count in shuffled_minibatches(batch, args):
-            loss, parts = loss_fn(actor, critic, minibatch, count, nvec, beta, args)
-            parameters.grad.zero_()
-            loss.backward()
-            approx_kl = kl_estimates(parts["log_ratio"])[1].sum() / count
-            sum_over_ranks(parameters.grad, approx_kl)
-            all_parts.append(parts)
-            grad_norms.append(parameters.grad.norm())
-            if args.target_kl is not None and approx_kl > args.target_kl:
+        all_parts, grad_norms, stopped = [], [], False
+        for _ in range(args.update_epochs):
+            for minibatch, count in shuffled_minibatches(batch, args):
+                loss, parts = loss_fn(actor, critic, minibatch, count, nvec, beta, args)
+                parameters.grad.zero_()
+                loss.backward()
+                approx_kl = kl_estimates(parts["log_ratio"])[1].sum() / count
+                sum_over_ranks(parameters.grad, approx_kl)
+                all_parts.append(parts)
+                grad_norms.append(parameters.grad.norm())
+                stopped = args.target_kl is not None and approx_kl > args.target_kl
+                if stopped:
+                    break
+                parameters.grad.mul_((args.max_grad_norm / (grad_norms[-1] + 1e-6)).clamp(max=1))
+                optimizer.step()
+            if stopped:
                 break
-            parameters.grad.mul_((args.max_grad_norm / (grad_norms[-1] + 1e-6)).clamp(max=1))
-            optimizer.step()
         iteration += 1
         penalty = {}
         if args.objective == "kl-penalty":
@@ -611,6 +613,21 @@ def play(args: Args) -> None:
 SCRIPT = "ppo_mlp_discrete"
 FORMAT = 1  # of checkpoint.pt and policy.pt: raised whenever what they hold changes
 LIBRARIES = ("torch", "numpy", "gymnasium")  # whose versions config.json tells
+# What check_args demands of the values of flags.
+LIMITS = {
+    "at least 1": (
+        "num_envs total_timesteps num_minibatches update_epochs checkpoint_interval",
+        lambda x: x >= 1,
+    ),
+    "at least 2 (one row may be a reset)": ("num_steps", lambda x: x >= 2),
+    "between 1 and 1024": ("torch_threads", lambda x: 1 <= x <= 1024),
+    "above 0": (
+        "learning_rate clip_coef max_grad_norm target_kl kl_penalty kl_penalty_target",
+        lambda x: x > 0,
+    ),
+    "between 0 and 2**32 - 1": ("seed ent_coef vf_coef eval_episodes", lambda x: 0 <= x < 2**32),
+    "between 0 and 1": ("gamma gae_lambda", lambda x: 0 <= x <= 1),
+}
 
 
 class UserError(Exception):
@@ -619,17 +636,7 @@ class UserError(Exception):
 
 def check_args(args: Args, world_size: int) -> None:
     """Raises UserError for a flag whose value cannot work."""
-    counts = "num_envs total_timesteps num_minibatches update_epochs checkpoint_interval"
-    scales = "learning_rate clip_coef max_grad_norm target_kl kl_penalty kl_penalty_target"
-    limits = {
-        "at least 1": (counts, lambda x: x >= 1),
-        "at least 2 (one row may be a reset)": ("num_steps", lambda x: x >= 2),
-        "between 1 and 1024": ("torch_threads", lambda x: 1 <= x <= 1024),
-        "above 0": (scales, lambda x: x > 0),
-        "between 0 and 2**32 - 1": ("seed ent_coef vf_coef eval_episodes", lambda x: 0 <= x < 2**32),
-        "between 0 and 1": ("gamma gae_lambda", lambda x: 0 <= x <= 1),
-    }
-    for limit, (names, holds) in limits.items():
+    for limit, (names, holds) in LIMITS.items():
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not holds(value):

@@ -159,10 +159,111 @@ class Shapeless(Probe):
     observation_space = Graph(Box(-1, 1, (2,)), None)
 
 
-class Continuous(Probe):
-    """An action space that this script is not for."""
+class Dial(Probe):
+    """One number, best at 5.5, where 3 to 7 are allowed. Catches bounds that are taken for -1 and 1."""
+
+    action_space = Box(3, 7, (1,), np.float32)
+
+    def reward(self, scene, action):
+        """0 at the best action."""
+        return -float(np.mean((action - self.best(scene)) ** 2))
+
+    def best(self, scene):
+        """The best action."""
+        return 5.5
+
+
+class Edge(Dial):
+    """The more the better, up to the bound at 2. Catches actions that leave the bounds, and a lost clip."""
+
+    action_space = Box(-6, 2, (1,), np.float64)
+
+    def reward(self, scene, action):
+        """The action."""
+        return float(action[0])
+
+
+class Far(Dial):
+    """Observations far from 0 that differ little; the best action is a table with a sign in each cell. Bounds differ by
+    cell and lie on one side of 0. Catches lost normalisation, and mixed-up cells."""
+
+    observation_space = Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = Box(np.array([[0, 10], [-8, 100]]), np.array([[1, 14], [-4, 300]]), dtype=np.float64)
+
+    def scene(self):
+        """Two signs in the noise of large numbers."""
+        return np.array([500, -200]) + 3.0 * self.np_random.choice([-1, 1], 2)
+
+    def best(self, scene):
+        """A quarter of the range away from the middle, to the side that the signs tell."""
+        low, high = self.action_space.low, self.action_space.high
+        first, second = np.sign(scene - [500, -200])
+        return (low + high) / 2 + (high - low) / 4 * np.array([[first, second], [-first, 1]])
+
+    def reward(self, scene, action):
+        """0 at the best action, in units of the ranges."""
+        low, high = self.action_space.low, self.action_space.high
+        return -float(np.mean(((action - self.best(scene)) / (high - low) * 4) ** 2))
+
+
+class Open(Dial):
+    """No bounds on the first and second action; above 5 on the third, which is best at 6."""
+
+    action_space = Box(np.array([-np.inf, -3e38, 5], np.float32), np.array([np.inf, 3e38, np.inf], np.float32))
+
+    def best(self, scene):
+        """One for each."""
+        return np.array([1.5, -0.5, 6])
+
+
+class Whole(Dial):
+    """Whole numbers from 0 to 9, best at 7."""
+
+    action_space = Box(0, 9, (1,), np.int32)
+
+    def best(self, scene):
+        """One of the bounds' integers."""
+        return 7
+
+
+class ConstantBox(Constant):
+    """Constant with Box actions."""
+
+    action_space = Box(-1, 1, (1,))
+
+
+class NumberedBox(Numbered):
+    """Numbered with Box actions: nothing to learn, but rewards with a spread."""
 
     action_space = Box(-1, 1, (2,))
+
+    def step(self, action):
+        """The reward is the number of the step."""
+        now, _, *rest = super().step(action)
+        return now, float(self.steps), *rest
+
+
+class EndlessBox(Endless):
+    """Endless with Box actions."""
+
+    action_space = Box(-1, 1, (1,))
+
+
+class BlindLater(EndlessBox):
+    """The observation becomes NaN after 150 steps in one environment."""
+
+    lived = 0
+
+    def step(self, action):
+        """Counts its steps over all episodes."""
+        self.lived += 1
+        return np.full(1, np.nan if self.lived > 150 else 0, np.float32), 1.0, False, False, {}
+
+
+class BrokenLaterBox(BrokenLater):
+    """BrokenLater with Box actions."""
+
+    action_space = Box(-1, 1, (1,))
 
 
 def same_step(num_envs, **kwargs):
@@ -171,21 +272,7 @@ def same_step(num_envs, **kwargs):
     return gym.vector.SyncVectorEnv([Constant] * num_envs, autoreset_mode=mode)
 
 
-LIMITS = {Endless: 5, BrokenLater: 5}
-for probe in (
-    Constant,
-    Coloured,
-    Delayed,
-    Bandit,
-    Mirror,
-    Locks,
-    Grid,
-    Numbered,
-    Endless,
-    Forever,
-    BrokenLater,
-    Shapeless,
-    Continuous,
-):
+LIMITS = {Endless: 5, BrokenLater: 5, EndlessBox: 5, BlindLater: 5, BrokenLaterBox: 5}
+for probe in [thing for thing in globals().values() if isinstance(thing, type) and issubclass(thing, Probe)]:
     gym.register(f"{probe.__name__}-v0", entry_point=probe, max_episode_steps=LIMITS.get(probe))
 gym.register("SameStep-v0", entry_point=Constant, vector_entry_point=same_step)

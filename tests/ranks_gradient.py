@@ -21,7 +21,7 @@ def make_batch(rank, rows):
     vectors = torch.randn(2, rows, generator=rng)
     columns = torch.randint(3, (rows, 1), generator=rng)
     obs = torch.randn(rows, 4, generator=rng)
-    return ppo.Batch(obs, columns, logits.log_softmax(-1), vectors[0], advantages, vectors[1])
+    return ppo.CategoricalBatch(obs, columns, logits.log_softmax(-1), vectors[0], advantages, vectors[1])
 
 
 def make_networks():
@@ -41,7 +41,7 @@ def main():
     torch.manual_seed(100 + rank)
     record = []
     for minibatch, count in ppo.shuffled_minibatches(batch, args):
-        loss, _ = ppo.ppo_loss(actor, critic, minibatch, count, [3], 1.0, args)
+        loss, _ = ppo.categorical_ppo_loss(actor, critic, minibatch, count, [3], 1.0, args)
         parameters.grad.zero_()
         loss.backward()
         ppo.sum_over_ranks(parameters.grad)

@@ -1,6 +1,5 @@
 """Tests of ppo_mlp_discrete.py: formulas, probe environments, and real runs that are killed, resumed and spread."""
 
-import csv
 import itertools
 import json
 import math
@@ -9,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -18,27 +16,30 @@ import probe_envs  # noqa: F401 (registers the probes)
 import pytest
 import ranks_gradient
 import torch
+from helpers import (
+    ENVIRONMENT,
+    ROOT,
+    flags,
+    read_metrics,
+    run_main,
+    run_two_ranks,
+    same_metrics,
+    same_weights,
+    start,
+    wait_for_rows,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 import ppo_mlp_discrete as ppo
-from ppo_mlp_discrete import Args, Batch
+from ppo_mlp_discrete import Args, CategoricalBatch
 
-ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "ppo_mlp_discrete.py"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
 SMALL = {"num_envs": 4, "num_steps": 16, "eval_episodes": 0, "update_epochs": 4, "num_minibatches": 2}
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def read_metrics(run_dir, with_time=False):
-    """Rows of metrics.csv as dicts of text, without the time columns."""
-    with open(Path(run_dir) / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if with_time or not k.startswith("time/")} for row in rows]
 
 
 def load_networks(run_dir):
@@ -47,27 +48,6 @@ def load_networks(run_dir):
     actor, critic = ppo.mlp(spec["obs_dim"], sum(spec["nvec"]), 0.01), ppo.mlp(spec["obs_dim"], 1, 1.0)
     ppo.flatten_parameters(actor, critic).data.copy_(ppo.load_saved(Path(run_dir) / "checkpoint.pt")["parameters"])
     return actor, critic
-
-
-def same_weights(run_a, run_b):
-    a, b = (ppo.load_saved(Path(run) / "checkpoint.pt") for run in (run_a, run_b))
-    assert torch.equal(a["parameters"], b["parameters"])
-    moments_a, moments_b = (x["optimizer"]["state"][0] for x in (a, b))
-    assert all(torch.equal(moments_a[name], moments_b[name]) for name in moments_a)
-
-
-def flags(args):
-    """Command-line flags of a dict."""
-    return [text for name, value in args.items() for text in ("--" + name.replace("_", "-"), str(value))]
-
-
-def run_main(monkeypatch, capsys, *argv):
-    """Exit code and stderr lines of the script's command line, called in this process."""
-    monkeypatch.setattr(sys, "argv", ["ppo_mlp_discrete.py", *map(str, argv)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        ppo.main()
-    return stopped.value.code, capsys.readouterr().err.splitlines()
 
 
 # ------------------------------------------------------------------------------------- generalised advantage estimation
@@ -167,7 +147,9 @@ def random_batch(nvec, rows=7, obs_dim=3, dtype=torch.float64):
     first = np.cumsum([0, *nvec[:-1]]).tolist()
     columns = torch.stack([torch.randint(c, c + n, (rows,)) for c, n in zip(first, nvec)], -1)
     vectors = torch.randn(3, rows, dtype=dtype)
-    return Batch(torch.randn(rows, obs_dim, dtype=dtype), columns, ppo.log_softmax_each(logits, nvec), *vectors)
+    return CategoricalBatch(
+        torch.randn(rows, obs_dim, dtype=dtype), columns, ppo.log_softmax_each(logits, nvec), *vectors
+    )
 
 
 def loss_with_distributions(actor, critic, batch, nvec, beta, args):
@@ -177,10 +159,10 @@ def loss_with_distributions(actor, critic, batch, nvec, beta, args):
     first = np.cumsum([0, *nvec[:-1]]).tolist()
     for b in range(len(values)):
         log_ratio, entropy, kl = 0.0, 0.0, 0.0
-        for c, (start, n) in enumerate(zip(first, nvec)):
-            new = torch.distributions.Categorical(logits=logits[b, start : start + n])
-            old = torch.distributions.Categorical(logits=batch.old_log_probs[b, start : start + n])
-            action = batch.columns[b, c] - start
+        for c, (begin, n) in enumerate(zip(first, nvec)):
+            new = torch.distributions.Categorical(logits=logits[b, begin : begin + n])
+            old = torch.distributions.Categorical(logits=batch.old_log_probs[b, begin : begin + n])
+            action = batch.columns[b, c] - begin
             log_ratio = log_ratio + new.log_prob(action) - old.log_prob(action)
             entropy = entropy + new.entropy()
             kl = kl + torch.distributions.kl_divergence(old, new)
@@ -210,7 +192,7 @@ def test_loss_and_gradient(objective, nvec):
     parameters = [*actor.parameters(), *critic.parameters()]
 
     def loss():
-        return ppo.ppo_loss(actor, critic, batch, len(batch.obs), nvec, 0.7, args)[0]
+        return ppo.categorical_ppo_loss(actor, critic, batch, len(batch.obs), nvec, 0.7, args)[0]
 
     torch.testing.assert_close(loss(), loss_with_distributions(actor, critic, batch, nvec, 0.7, args))
     gradients = torch.autograd.grad(loss(), parameters)
@@ -229,7 +211,7 @@ def test_loss_reports_each_row():
     torch.manual_seed(0)
     batch, args = random_batch([3]), Args(ent_coef=0.1)
     actor, critic = torch.nn.Linear(3, 3).double(), torch.nn.Linear(3, 1).double()
-    loss, parts = ppo.ppo_loss(actor, critic, batch, 7, [3], 1.0, args)
+    loss, parts = ppo.categorical_ppo_loss(actor, critic, batch, 7, [3], 1.0, args)
     means = {name: part.mean() for name, part in parts.items()}
     total = means["policy_loss"] + args.vf_coef * means["value_loss"] - args.ent_coef * means["entropy"]
     torch.testing.assert_close(loss.detach(), total)
@@ -310,7 +292,7 @@ def test_sampled_actions_follow_the_policy():
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 3))
 def test_every_row_once_per_epoch(rows, num_minibatches, epochs):
     column = torch.arange(rows, dtype=torch.float32)
-    batch = Batch(column[:, None], column[:, None], column[:, None], column, column, column)
+    batch = CategoricalBatch(column[:, None], column[:, None], column[:, None], column, column, column)
     args = Args(num_minibatches=num_minibatches, update_epochs=epochs, norm_adv=False)
     minibatches = list(ppo.shuffled_minibatches(batch, args))
     per_epoch = min(num_minibatches, rows)  # empty ones are skipped
@@ -325,7 +307,7 @@ def test_every_row_once_per_epoch(rows, num_minibatches, epochs):
 
 def test_epochs_are_shuffled_anew():
     column = torch.arange(100.0)
-    batch = Batch(*[column[:, None]] * 3, *[column] * 3)
+    batch = CategoricalBatch(*[column[:, None]] * 3, *[column] * 3)
     orders = [m.returns.tolist() for m, _ in ppo.shuffled_minibatches(batch, Args(num_minibatches=1, update_epochs=3))]
     assert len({tuple(order) for order in orders} | {tuple(column.tolist())}) == 4
 
@@ -456,8 +438,8 @@ def test_gymnasiums_own_environments(tmp_path, env_id):
 def test_reset_rows_are_left_out(tmp_path, monkeypatch):
     """Every step counts update_epochs times, reset rows (negative observations) never."""
     seen = []
-    loss = ppo.ppo_loss
-    monkeypatch.setattr(ppo, "ppo_loss", lambda *a: (seen.append(a[2].obs.flatten()), loss(*a))[1])
+    loss = ppo.categorical_ppo_loss
+    monkeypatch.setattr(ppo, "categorical_ppo_loss", lambda *a: (seen.append(a[2].obs.flatten()), loss(*a))[1])
     run_dir = train_probe(tmp_path, "Numbered", total_timesteps=600, eval_episodes=0)
     rows = torch.cat(seen)
     assert (rows > 0).all()
@@ -471,14 +453,14 @@ def test_reset_rows_are_left_out(tmp_path, monkeypatch):
 
 def test_ratio_is_one_before_the_first_step(tmp_path, monkeypatch):
     first_of_rollout = []
-    loss = ppo.ppo_loss
+    loss = ppo.categorical_ppo_loss
 
     def spy(*a):
         result = loss(*a)
         first_of_rollout.append(result[1]["log_ratio"].abs().max().item())
         return result
 
-    monkeypatch.setattr(ppo, "ppo_loss", spy)
+    monkeypatch.setattr(ppo, "categorical_ppo_loss", spy)
     train_probe(tmp_path, "Numbered", total_timesteps=300, update_epochs=2, num_minibatches=3, eval_episodes=0)
     assert max(first_of_rollout[::6]) < 1e-6
     assert max(first_of_rollout) > 1e-3
@@ -513,7 +495,7 @@ def test_learning_rate_can_stay(tmp_path):
 def test_metrics_are_means_over_all_minibatches(tmp_path, monkeypatch):
     """Each loss column, computed anew from what the loss saw; Adam's gradients give the norms before clipping."""
     seen, norms, explained = [], [], []
-    loss, minibatches = ppo.ppo_loss, ppo.shuffled_minibatches
+    loss, minibatches = ppo.categorical_ppo_loss, ppo.shuffled_minibatches
 
     def spy_loss(*a):
         result = loss(*a)
@@ -524,7 +506,7 @@ def test_metrics_are_means_over_all_minibatches(tmp_path, monkeypatch):
         explained.append(1 - np.var((batch.returns - batch.old_values).numpy()) / np.var(batch.returns.numpy()))
         return minibatches(batch, args)
 
-    monkeypatch.setattr(ppo, "ppo_loss", spy_loss)
+    monkeypatch.setattr(ppo, "categorical_ppo_loss", spy_loss)
     monkeypatch.setattr(ppo, "shuffled_minibatches", spy_batch)
     step = torch.optim.Adam.step
 
@@ -631,26 +613,10 @@ def test_same_seed_same_run(tmp_path):
     same_weights(tmp_path / "a", tmp_path / "b")
 
 
-def wait_for_rows(run_dir, count, process):
-    """Waits until metrics.csv of a run that is under way has count rows."""
-    for _ in range(600):
-        assert process.poll() is None, process.stderr.read()
-        path = run_dir / "metrics.csv"
-        if path.exists() and path.read_text().count("\n") > count:
-            return
-        time.sleep(0.02)
-    raise AssertionError("no rows after 12 s")
-
-
-def start(*argv):
-    command = [sys.executable, str(SCRIPT), *map(str, argv)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
 def test_killed_and_resumed_equals_never_stopped(tmp_path):
     """SIGKILL, then SIGTERM in the resumed run, then the command that it prints."""
     args = SMALL | {"total_timesteps": 8_000, "checkpoint_interval": 25, "objective": "kl-penalty", "eval_episodes": 2}
-    process = start("--run-dir", tmp_path / "cut", *flags(args))
+    process = start(ppo, "--run-dir", tmp_path / "cut", *flags(args))
     wait_for_rows(tmp_path / "cut", 40, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -658,7 +624,7 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path):
         file.write("999,12")  # a row cut short, as a power failure may leave it
     before = ppo.load_saved(tmp_path / "cut/checkpoint.pt")["iteration"]
     assert before % 25 == 0
-    process = start("--resume", tmp_path / "cut")
+    process = start(ppo, "--resume", tmp_path / "cut")
     wait_for_rows(tmp_path / "cut", before + 30, process)
     process.send_signal(signal.SIGTERM)
     errors = process.communicate()[1]
@@ -678,24 +644,20 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path):
 
 def test_gradients_of_two_ranks(tmp_path):
     """Two ranks with 5 and 8 rows in 3 minibatches give the gradient of one process with the union of each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "tests/ranks_gradient.py"), str(tmp_path), "5", "8"]
-    environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_two_ranks(ROOT / "tests/ranks_gradient.py", tmp_path, 5, 8)
     batches = [ranks_gradient.make_batch(rank, rows) for rank, rows in enumerate((5, 8))]
     records = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert sorted(row for part in records[1] for row in part["rows"]) == list(range(8))
     for mine, other in zip(*records):
         assert torch.equal(mine["gradient"], other["gradient"])
         parts = zip(batches[0], batches[1])
-        union = Batch(*(torch.cat([a[mine["rows"]], b[other["rows"]]]) for a, b in parts))
+        union = CategoricalBatch(*(torch.cat([a[mine["rows"]], b[other["rows"]]]) for a, b in parts))
         normalized = (union.advantages - union.advantages.mean()) / (union.advantages.std() + 1e-8)
         actor, critic = ranks_gradient.make_networks()
         flat = ppo.flatten_parameters(actor, critic)
         args = Args(ent_coef=0.1)
         union = union._replace(advantages=normalized)
-        ppo.ppo_loss(actor, critic, union, len(normalized), [3], 1.0, args)[0].backward()
+        ppo.categorical_ppo_loss(actor, critic, union, len(normalized), [3], 1.0, args)[0].backward()
         torch.testing.assert_close(mine["gradient"], flat.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -703,17 +665,9 @@ def test_two_ranks_equal_one_process(tmp_path):
     """The same environments and noise on two ranks give the gradients, metrics and weights of one process."""
     args = {**SMALL, "num_minibatches": 1, "total_timesteps": 900, "vectorization_mode": "sync", "target_kl": 0.03}
     args |= {"ent_coef": 0.01, "env_id": "Acrobot-v1", "num_steps": 64, "learning_rate": 1e-3}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    command += [*flags(args), "--run-dir", str(tmp_path / "two")]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_two_ranks(SCRIPT, *flags(args), "--run-dir", tmp_path / "two")
     ppo.train(Args(run_dir=str(tmp_path / "one"), **args))
-    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    assert len(one) == len(two) >= 3
-    for row, other in zip(one, two):
-        assert [float(x) for x in row.values()] == pytest.approx(
-            [float(x) for x in other.values()], rel=2e-3, abs=1e-5, nan_ok=True
-        )
+    same_metrics(tmp_path / "one", tmp_path / "two", rel=2e-3, abs=1e-5)
     parameters = [ppo.load_saved(tmp_path / run / "checkpoint.pt")["parameters"] for run in ("one", "two")]
     torch.testing.assert_close(*parameters, rtol=0, atol=2e-4)
 
@@ -727,7 +681,7 @@ def test_two_ranks_equal_one_process(tmp_path):
         (["--env-id", "NoSuchThing-v3"], "--env-id"),
         (["--env-id", "no_such_module:Thing-v0"], "--env-id"),
         (["--env-id", "not an id"], "--env-id"),
-        (["--env-id", "probe_envs:Continuous-v0"], "ppo_mlp_continuous.py"),
+        (["--env-id", "probe_envs:Dial-v0"], "ppo_mlp_continuous.py"),
         (["--env-id", "probe_envs:Shapeless-v0"], "observations"),
         (["--env-id", "probe_envs:SameStep-v0"], "--vectorization-mode sync"),
         (["--env-id", "Acrobot-v1", "--vectorization-mode", "vector_entry_point"], "vector entry point"),
@@ -758,7 +712,7 @@ def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys, wrong, named)
         pytest.skip("there is a GPU")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    code, lines = run_main(monkeypatch, capsys, "--total-timesteps", 10, *wrong)
+    code, lines = run_main(ppo, monkeypatch, capsys, "--total-timesteps", 10, *wrong)
     assert code == 2
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
@@ -776,14 +730,14 @@ def test_resume_from_python_takes_the_runs_flags(tmp_path):
 def test_resume_needs_the_metrics(tmp_path, monkeypatch, capsys):
     run_dir = train_probe(tmp_path, "Constant", total_timesteps=100)
     (run_dir / "metrics.csv").write_text("iteration\n1\n")
-    code, lines = run_main(monkeypatch, capsys, "--resume", run_dir)
+    code, lines = run_main(ppo, monkeypatch, capsys, "--resume", run_dir)
     assert code == 2
     assert lines == [f"error: {run_dir}/metrics.csv has lost rows of the 4 up to the checkpoint: restore it"]
 
 
 def test_other_files_are_not_overwritten(tmp_path, monkeypatch, capsys):
     (tmp_path / "policy.pt").write_text("mine")
-    code, lines = run_main(monkeypatch, capsys, "--run-dir", tmp_path)
+    code, lines = run_main(ppo, monkeypatch, capsys, "--run-dir", tmp_path)
     assert code == 2
     assert "--run-dir" in lines[0]
     assert (tmp_path / "policy.pt").read_text() == "mine"
@@ -812,7 +766,7 @@ def test_num_envs_must_divide_among_ranks(monkeypatch):
 def test_video_without_moviepy(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "moviepy", None)
-    code, lines = run_main(monkeypatch, capsys, "--capture-video")
+    code, lines = run_main(ppo, monkeypatch, capsys, "--capture-video")
     assert code == 2
     assert len(lines) == 1
     assert "pip install moviepy" in lines[0]
@@ -830,7 +784,7 @@ def test_videos_are_recorded(tmp_path):
 def test_a_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
     run_dir = train_probe(tmp_path, "Constant", total_timesteps=100)
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
-    code, lines = run_main(monkeypatch, capsys, "--run-dir", run_dir)
+    code, lines = run_main(ppo, monkeypatch, capsys, "--run-dir", run_dir)
     assert code == 2
     assert lines == [f"error: --run-dir {run_dir} already holds a run: choose another, or continue it with --resume"]
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
@@ -838,11 +792,11 @@ def test_a_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
 
 def test_resume_refuses_other_flags(tmp_path, monkeypatch, capsys):
     run_dir = train_probe(tmp_path, "Constant", total_timesteps=100)
-    code, lines = run_main(monkeypatch, capsys, "--resume", run_dir, "--gamma", "0.5")
+    code, lines = run_main(ppo, monkeypatch, capsys, "--resume", run_dir, "--gamma", "0.5")
     assert code == 2
     assert lines == [f"error: --gamma contradicts the run in {run_dir}: leave it out"]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, lines = run_main(monkeypatch, capsys, "--resume", run_dir)
+    code, lines = run_main(ppo, monkeypatch, capsys, "--resume", run_dir)
     assert code == 2
     assert "1 processes" in lines[0]
 
@@ -867,7 +821,7 @@ def test_damaged_files(tmp_path, monkeypatch, capsys, damage):
     else:
         (run_dir / "config.json").write_text('{"args": {"no_such_flag": 1}}')
         named = f"--resume {run_dir}"
-    code, lines = run_main(monkeypatch, capsys, "--resume", run_dir)
+    code, lines = run_main(ppo, monkeypatch, capsys, "--resume", run_dir)
     assert code == 2
     assert len(lines) == 1
     assert named in lines[0]
@@ -875,7 +829,7 @@ def test_damaged_files(tmp_path, monkeypatch, capsys, damage):
 
 def test_play_refuses_a_checkpoint(tmp_path, monkeypatch, capsys):
     run_dir = train_probe(tmp_path, "Constant", total_timesteps=100)
-    code, lines = run_main(monkeypatch, capsys, "--play", run_dir / "checkpoint.pt")
+    code, lines = run_main(ppo, monkeypatch, capsys, "--play", run_dir / "checkpoint.pt")
     assert code == 2
     assert lines == [f"error: {run_dir}/checkpoint.pt is a checkpoint: give the policy.pt beside it"]
 
@@ -893,7 +847,7 @@ def test_nothing_is_unpickled(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
     argv = ["--env-id", "probe_envs:BrokenLater-v0", "--run-dir", tmp_path / "run", "--checkpoint-interval", 3]
-    code, lines = run_main(monkeypatch, capsys, *argv, *flags(SMALL))
+    code, lines = run_main(ppo, monkeypatch, capsys, *argv, *flags(SMALL))
     assert code == 1
     assert "iteration 12" in lines[-1]
     rows = read_metrics(tmp_path / "run")
