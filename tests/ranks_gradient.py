@@ -36,7 +36,7 @@ def main():
     dist.init_process_group("gloo")
     actor, critic = make_networks()
     parameters = ppo.flatten_parameters(actor, critic)
-    args = ppo.Args(num_minibatches=3, update_epochs=1, ent_coef=0.1)
+    args = ppo.Args(num_minibatches=3, ent_coef=0.1)
     batch = make_batch(rank, int(sys.argv[2 + rank]))
     torch.manual_seed(100 + rank)
     record = []
