@@ -51,6 +51,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from multiprocessing import parent_process
@@ -89,8 +90,8 @@ class Args:
     """parallel environments"""
     num_steps: int = 64
     """steps per environment and iteration: an iteration collects num_envs x num_steps"""
-    vectorization_mode: Literal["auto", "sync", "async", "vector_entry_point"] = "auto"
-    """gymnasium.make_vec's mode; auto: the environment's own vectorised form where it has one, else sync"""
+    vectorization_mode: Literal["auto", "sync", "async", "vector_entry_point", "envpool"] = "auto"
+    """gymnasium.make_vec's, or envpool; auto: the environment's own vectorised form where it has one, else sync"""
 
     objective: Literal["clip", "kl-penalty"] = "clip"
     """policy objective: clipped surrogate (PPO paper eq. 7) or surrogate with adaptive KL penalty (eq. 8)"""
@@ -656,10 +657,31 @@ def check_args(args: Args, world_size: int) -> None:
         raise UserError(f"--device {args.device} is not available to this PyTorch: use cpu")
 
 
+class EnvPool(gym.vector.VectorWrapper):
+    """EnvPool's environments, in C++ threads. They are seeded when they are made, so a seeded reset makes new ones."""
+
+    def __init__(self, env_id: str, num_envs: int):
+        self.make_again = partial(import_module("envpool").make_gymnasium, env_id, num_envs=num_envs)
+        super().__init__(self.make_again())
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """First observations. seed: of the first environment, counting up."""
+        if seed is not None:
+            self.env.close()
+            self.env = self.make_again(seed=[(seed + i) % 2**31 for i in range(self.num_envs)])
+        return self.env.reset(options=options)
+
+
 def make_envs(env_id: str, num_envs: int, mode: str) -> gym.vector.VectorEnv:
     """num_envs parallel environments with flat observations and NEXT_STEP autoreset. Raises UserError."""
+    if mode == "envpool":
+        with user_error_in("--vectorization-mode envpool (pip install envpool)"):
+            import_module("envpool")
     with user_error_in(f"--env-id {env_id}"):
-        envs = gym.make_vec(env_id, num_envs, None if mode == "auto" else mode)
+        if mode == "envpool":
+            envs = EnvPool(env_id, num_envs)
+        else:
+            envs = gym.make_vec(env_id, num_envs, None if mode == "auto" else mode)
     if envs.metadata.get("autoreset_mode") is not gym.vector.AutoresetMode.NEXT_STEP:
         raise UserError(f"--env-id {env_id} does not autoreset in the next step: use --vectorization-mode sync")
     space = envs.single_observation_space

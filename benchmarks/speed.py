@@ -2,11 +2,13 @@
 
     pip install -r requirements.txt -r benchmarks/requirements-peers.txt
     python benchmarks/speed.py discrete
+    python benchmarks/speed.py continuous
 
 Prints medians and ranges, and writes them with the machine's name to benchmarks/results/speed/<suite>.json.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -36,6 +38,29 @@ SB3_ZOO = """
 env = make_vec_env("CartPole-v1", n_envs=8, seed={seed})
 model = PPO("MlpPolicy", env, n_steps=32, batch_size=256, n_epochs=20, learning_rate=lambda left: 1e-3 * left,
             clip_range=lambda left: 0.2 * left, gamma=0.98, gae_lambda=0.8, ent_coef=0.0, seed={seed}, device="cpu")
+"""
+# CleanRL's settings for MuJoCo, likewise. SB3's VecNormalize stands for the normalisation that is on in our script.
+CLEANRL_MUJOCO = "--update-epochs 10 --num-minibatches 32 --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95"
+CLEANRL_MUJOCO += " --clip-vloss --vf-coef 0.5 --norm-adv --no-recompute-advantages --log-std-init 0 --eval-episodes 0"
+SB3_MUJOCO = """
+from stable_baselines3.common.vec_env import VecNormalize
+env = VecNormalize(make_vec_env("HalfCheetah-v5", n_envs=1, seed={seed}), gamma=0.99)
+model = PPO("MlpPolicy", env, n_steps=2048, batch_size=64, n_epochs=10, learning_rate=lambda left: 3e-4 * left,
+            gamma=0.99, gae_lambda=0.95, clip_range_vf=0.2, ent_coef=0.0, vf_coef=0.5, seed={seed}, device="cpu")
+"""
+# The environments of our script alone, with random actions: steps/s.
+SIMULATOR_PROGRAM = """
+import json, time
+import numpy as np
+from ppo_mlp_continuous import make_envs
+envs = make_envs("HalfCheetah-v5", {envs}, "{mode}")
+envs.reset(seed=1)
+shape = ({steps} // {envs}, {envs}, *envs.single_action_space.shape)
+actions = np.random.default_rng(1).uniform(-1, 1, shape).astype(envs.single_action_space.dtype)
+start = time.perf_counter()
+for action in actions:
+    envs.step(action)
+print(json.dumps({{"steps_per_second": len(actions) * {envs} / (time.perf_counter() - start)}}))
 """
 SB3_PROGRAM = """
 import json, time, torch
@@ -69,27 +94,28 @@ print(json.dumps({{"global_step": model.num_timesteps, "seconds": seconds, "mean
 class Args:
     """Speed of our scripts beside their peers."""
 
-    suite: tyro.conf.Positional[Literal["discrete"]]
+    suite: tyro.conf.Positional[Literal["discrete", "continuous"]]
     """what to measure"""
     pairs: int = 5
     """runs of each side, in turn"""
-    steps: int = 100_000
-    """environment steps per run of the throughput comparison"""
+    steps: int | None = None
+    """environment steps per run of the throughput comparison; default 100,000 (discrete), 20,480 (continuous)"""
 
 
 def run(command: list[str]) -> tuple[float, str]:
     """Wall-clock seconds of a process from its start to its end, and its output. Shows why it failed where it did."""
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"error: {' '.join(command)[:300]}\n{done.stderr[-2000:]}")
     return time.perf_counter() - start, done.stdout
 
 
-def run_ours(flags: str) -> dict[str, float]:
-    """summary.json of a run of ppo_mlp_discrete.py, with the process's wall-clock seconds."""
+def run_ours(flags: str, script: str = "ppo_mlp_discrete.py") -> dict[str, float]:
+    """summary.json of a run of a script, with the process's wall-clock seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "ppo_mlp_discrete.py", "--run-dir", f"{folder}/run", *flags.split()]
+        command = [sys.executable, script, "--run-dir", f"{folder}/run", *flags.split()]
         wall, _ = run(command)
         return json.loads(Path(folder, "run/summary.json").read_text()) | {"wall": wall}
 
@@ -109,6 +135,7 @@ def spread(values: list[float], digits: int = 0) -> str:
 
 def discrete(args: Args) -> dict:
     """CartPole-v1: steps/s at equal work, seconds to a mean return of 475, and steps/s by number of environments."""
+    total_steps = args.steps or 100_000
     shapes = {4: 128, 64: 128, 1024: 16}  # environments: steps per rollout
     bar = tqdm(total=4 * args.pairs + len(shapes) * 3, unit="run")
 
@@ -119,15 +146,15 @@ def discrete(args: Args) -> dict:
     ours, theirs, solved_ours, solved_theirs = [], [], [], []
     for seed in range(1, args.pairs + 1):
         ours.append(
-            step(run_ours(f"{CLEANRL} --num-envs 4 --num-steps 128 --total-timesteps {args.steps} --seed {seed}"))
+            step(run_ours(f"{CLEANRL} --num-envs 4 --num-steps 128 --total-timesteps {total_steps} --seed {seed}"))
         )
-        theirs.append(step(run_sb3(SB3_SAME_WORK, seed, args.steps)))
+        theirs.append(step(run_sb3(SB3_SAME_WORK, seed, total_steps)))
     for seed in range(1, args.pairs + 1):
         solved_ours.append(step(run_ours(f"--target-return 475 --eval-episodes 0 --seed {seed}")))
         solved_theirs.append(step(run_sb3(SB3_ZOO, seed, 100_000, 475)))
     throughput = {}
     for envs, steps in shapes.items():
-        flags = f"{CLEANRL} --num-envs {envs} --num-steps {steps} --total-timesteps {max(args.steps, 1000 * envs)}"
+        flags = f"{CLEANRL} --num-envs {envs} --num-steps {steps} --total-timesteps {max(total_steps, 1000 * envs)}"
         throughput[envs] = [step(run_ours(f"{flags} --seed {seed}"))["steps_per_second"] for seed in (1, 2, 3)]
     bar.close()
 
@@ -155,6 +182,60 @@ def discrete(args: Args) -> dict:
     }
 
 
+def continuous(args: Args) -> dict:
+    """HalfCheetah-v5: steps/s at equal work, the simulator's share of the time, and steps/s by number and kind of
+    environments."""
+    total_steps = args.steps or 20_480
+    shapes = {1: 2048, 8: 256, 64: 32}  # environments: steps per rollout
+    modes = ["sync", "async"] + (["envpool"] if find_spec("envpool") else [])
+    repeats = 3
+    bar = tqdm(total=3 * args.pairs + 2 * repeats * len(modes) * len(shapes), unit="run")
+
+    def step(result: dict) -> float:
+        bar.update()
+        return result["steps_per_second"]
+
+    def ours(envs: int, mode: str, seed: int) -> float:
+        flags = f"{CLEANRL_MUJOCO} --num-envs {envs} --num-steps {shapes[envs]} --vectorization-mode {mode}"
+        flags += f" --total-timesteps {total_steps} --seed {seed}"
+        return step(run_ours(flags, "ppo_mlp_continuous.py"))
+
+    def simulator(envs: int, mode: str) -> float:
+        program = SIMULATOR_PROGRAM.format(envs=envs, mode=mode, steps=total_steps)
+        return step(json.loads(run([sys.executable, "-c", program])[1]))
+
+    same_work = {"ours": [], "stable_baselines3": [], "simulator": []}
+    for seed in range(1, args.pairs + 1):
+        same_work["ours"].append(ours(1, "sync", seed))
+        same_work["stable_baselines3"].append(step(run_sb3(SB3_MUJOCO, seed, total_steps)))
+        same_work["simulator"].append(simulator(1, "sync"))
+    throughput = {mode: {envs: {"training": [], "simulator": []} for envs in shapes} for mode in modes}
+    for seed in range(1, repeats + 1):
+        for mode in modes:
+            for envs in shapes:
+                throughput[mode][envs]["training"].append(ours(envs, mode, seed))
+                throughput[mode][envs]["simulator"].append(simulator(envs, mode))
+    bar.close()
+
+    same_work["ratios"] = [a / b for a, b in zip(same_work["ours"], same_work["stable_baselines3"])]
+    same_work["simulator_share"] = [a / b for a, b in zip(same_work["ours"], same_work["simulator"])]
+    print("\nsame work: HalfCheetah-v5, 1 env x 2048 steps, 10 epochs x 32 minibatches, 64-64 tanh, one thread each")
+    print(f"  ppo_mlp_continuous.py  {spread(same_work['ours'])} steps/s")
+    print(f"  stable-baselines3      {spread(same_work['stable_baselines3'])} steps/s")
+    pairs = ", ".join(f"{ratio:.2f}" for ratio in same_work["ratios"])
+    print(f"  ratio pair by pair     {pairs}; median {statistics.median(same_work['ratios']):.2f}")
+    print(f"  the simulator alone    {spread(same_work['simulator'])} steps/s")
+    print(f"  its share of our time  {spread([100 * share for share in same_work['simulator_share']])} %")
+    print("training steps/s (simulator alone) by number of environments, 2048 rows per iteration; median of three")
+    for mode, by_envs in throughput.items():
+        cells = []
+        for envs, rates in by_envs.items():
+            training, alone = (statistics.median(rates[what]) for what in ("training", "simulator"))
+            cells.append(f"{envs:>3} envs {training:>6,.0f} ({alone:>6,.0f})")
+        print(f"  {mode:8} {'   '.join(cells)}")
+    return {"same_work": same_work, "steps_per_second_by_envs": throughput}
+
+
 def main() -> None:
     """Runs a suite, prints it and writes it down."""
     args = tyro.cli(Args)
@@ -164,8 +245,9 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     from ppo_mlp_discrete import machine
 
-    figures = {"discrete": discrete}[args.suite](args)
-    versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "stable_baselines3")}
+    figures = {"discrete": discrete, "continuous": continuous}[args.suite](args)
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "envpool", "stable_baselines3")
+    versions = {name: version(name) for name in packages if find_spec(name)}
     path = ROOT / "benchmarks/results/speed" / f"{args.suite}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "versions": versions} | figures, indent=2) + "\n")

@@ -705,6 +705,25 @@ def test_damaged_files(tmp_path, monkeypatch, capsys, damage):
     assert str(path) in lines[0]
 
 
+def test_envpool_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "envpool", None)
+    code, lines = run_main(ppo, monkeypatch, capsys, "--vectorization-mode", "envpool")
+    assert code == 2
+    assert len(lines) == 1
+    assert "--vectorization-mode envpool (pip install envpool)" in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_envpool(tmp_path):
+    """Seeded anew at each checkpoint: the same seed gives the same run, another one another."""
+    pytest.importorskip("envpool")
+    args = SMALL | {"vectorization_mode": "envpool", "total_timesteps": 400, "checkpoint_interval": 3}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        ppo.train(Args(run_dir=str(tmp_path / name), seed=seed, env_id="HalfCheetah-v5", **args))
+    assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b") != read_metrics(tmp_path / "c")
+
+
 def test_a_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
     run_dir = train_probe(tmp_path, "ConstantBox", total_timesteps=100)
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
