@@ -802,7 +802,8 @@ def make_eval_env(env_id: str, render: bool) -> gym.Env:
     with user_error_in(f"--env-id {env_id}"):
         env = gym.make(env_id, **({"render_mode": "rgb_array"} if render else {}))
     if render:
-        with user_error_in(f'--capture-video of {env_id} (pip install moviepy "gymnasium[classic-control]")'):
+        hint = 'pip install moviepy "gymnasium[classic-control]"; MuJoCo without a screen: set MUJOCO_GL=egl or osmesa'
+        with user_error_in(f"--capture-video of {env_id} ({hint})"):
             import_module("moviepy")
             env.reset()
             env.render()

@@ -187,7 +187,7 @@ def continuous(args: Args) -> dict:
     environments."""
     total_steps = args.steps or 20_480
     shapes = {1: 2048, 8: 256, 64: 32}  # environments: steps per rollout
-    modes = ["sync", "async"] + (["envpool"] if find_spec("envpool") else [])
+    modes = ["sync"] + (["envpool"] if find_spec("envpool") else [])
     repeats = 3
     bar = tqdm(total=3 * args.pairs + 2 * repeats * len(modes) * len(shapes), unit="run")
 

@@ -272,6 +272,9 @@ def test_rewards_are_scaled_not_shifted(tmp_path, monkeypatch):
         assert steps.min() > -1e-4
     assert float(read_metrics(run_dir)[-1]["charts/episodic_return"]) > 6  # what a person reads is not scaled
     seen.clear()
+    train_probe(tmp_path, "ConstantBox", total_timesteps=64)  # the only discounted return is 1: no spread at all
+    assert {value for rewards in seen for value in rewards.flatten().tolist()} == {0, 10}
+    seen.clear()
     train_probe(tmp_path / "plain", "NumberedBox", total_timesteps=64, norm_reward=False)
     np.testing.assert_array_equal(seen[0], seen[0].round())
     assert seen[0].max() > 2
