@@ -24,10 +24,10 @@ of PPO" https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/
 Where this differs from the paper or from CleanRL, and why:
 - Truncated episodes bootstrap from the value of their true last observation; CleanRL treats them as terminated.
 - Observations and rewards are scaled by running statistics that change once per rollout, not with every step: ratio = 1
-  exactly where the update starts. They are one statistic over all environments, part of the saved policy, and frozen
-  when it is evaluated; CleanRL's live in the environments and are lost.
-- An action of the policy is in units of the bounds: -1 and 1 are the lowest and the highest action, where both are
-  finite. So the first policy explores the whole range wherever it lies. Without bounds it is the action itself.
+  exactly where the update starts. They are one statistic over all environments; the observations' is part of the saved
+  policy and frozen when it is evaluated (it needs no rewards); CleanRL's live in the environments and are lost.
+- An action of the policy is in units of the bounds: -1 and 1 are the lowest and the highest action, where both lie
+  within 1e6. So the first policy explores the whole range wherever it is. Without bounds it is the action itself.
 - Old log-probs and values come from one batched pass over the rollout: no critic call per step.
 - The row in which an environment resets (its action is ignored) is no experience: it is left out of the loss, the
   statistics and the step count.
@@ -59,6 +59,7 @@ from datetime import datetime
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing import parent_process
 from pathlib import Path
 from shutil import which
@@ -117,7 +118,7 @@ class Args:
     norm_reward: bool = True
     """divide rewards by the running std of the discounted return, clipped to +-10"""
     log_std_init: float = -0.5
-    """log of the policy's first standard deviation, in units of the action bounds (see above)"""
+    """log of the policy's first std; its unit is half the range between the action bounds, or 1 where there are none"""
     recompute_advantages: bool = True
     """recompute advantages and returns before each epoch, with the values of then (Andrychowicz et al. 2021, §3.5)"""
     norm_adv: bool = False
@@ -157,7 +158,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads per process; more help only with thousands of rows per minibatch"""
     compile: bool = False
-    """torch.compile the loss: up to a minute of compiling, then about a fifth faster on CartPole"""
+    """torch.compile the loss: a minute or two of compiling, then its forward and backward passes take half the time"""
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
@@ -234,7 +235,8 @@ class Policy:
     their centre; a component without both bounds (or with bounds beyond 1e6) is in the environment's unit."""
 
     def __init__(self, spec: dict, weights: dict[str, Tensor]):
-        """spec: what `box_spec` returns. weights: state_dict of the GaussianActor, and obs_mean, obs_std (obs_dim,)."""
+        """spec: what `box_spec` returns, and obs_limit, beyond which normalised observations are clipped. weights:
+        state_dict of the GaussianActor, and obs_mean, obs_std (obs_dim,)."""
         arrays = {name: weight.numpy(force=True) for name, weight in weights.items()}
         self.spec = spec
         self.obs_mean, self.obs_std = arrays.pop("obs_mean"), arrays.pop("obs_std")
@@ -304,12 +306,12 @@ def compute_gae(
     truncated episode bootstraps from; a terminated one bootstraps from 0. The recursion is cut at both. Row t + 1 then
     is the reset: its advantage means nothing, and nothing before it depends on it. Returns (T, N).
     """
-    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    decays = gamma * gae_lambda * (~(terminated | truncated)).to(deltas)
-    advantages = [torch.zeros_like(deltas[0])]  # (N,) each, the last step's first
-    for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind())):
-        advantages.append(delta + decay * advantages[-1])
-    return torch.stack(advantages[:0:-1])
+    deltas = (rewards + gamma * values[1:] * ~terminated - values[:-1]).numpy(force=True)
+    decays = gamma * gae_lambda * (~(terminated | truncated)).numpy(force=True).astype(deltas.dtype)
+    advantages, following = np.zeros_like(deltas), np.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):  # in NumPy: small operations cost a fraction of PyTorch's
+        advantages[t] = following = deltas[t] + decays[t] * following
+    return torch.from_numpy(advantages).to(values.device)
 
 
 def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
@@ -438,7 +440,7 @@ def finished_episodes(rewards: np.ndarray, resets: np.ndarray, under_way: np.nda
 
 def discounted_returns(rewards: np.ndarray, resets: np.ndarray, gamma: float, under_way: np.ndarray) -> np.ndarray:
     """Sum over k of gamma^k r[t - k] (T, N), from each step back to the start of its episode, 0 in rows of resets:
-    what the standard deviation is of that rewards are divided by (37 details, continuous no. 7).
+    what the standard deviation is of that rewards are divided by (37 details, continuous no. 8).
 
     rewards: (T, N). resets: (T + 1, N) as for finished_episodes. under_way: (N,) the last sums, updated in place.
     """
@@ -455,7 +457,7 @@ def train(args: Args) -> dict[str, float | str]:
     """Trains a policy, saves it in args.run_dir and evaluates what was saved. Returns the content of summary.json.
 
     Sets the seed and thread counts of PyTorch and NumPy's thread count. Raises UserError, and FloatingPointError where
-    the loss is not finite."""
+    an observation, a reward or the loss is not finite."""
     # Set-up. Flags describe the whole job: under torchrun, each of world_size ranks has its share of the environments.
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check_args(args, world_size)
@@ -541,10 +543,14 @@ def train(args: Args) -> dict[str, float | str]:
         obs[0], resets[0] = obs[-1], resets[-1]
         for t in range(num_steps):
             actions[t] = policy.means(obs[t]) + noise[t]
+            if not math.isfinite(actions[t].sum()):
+                break  # the environment must not get what a broken observation leads to
             obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(policy.to_env(actions[t]))
         resets[1:] = terminated | truncated
-        if not (np.isfinite(obs).all() and np.isfinite(rewards).all()):
-            what = "a reward" if np.isfinite(obs).all() else "an observation"
+        broken = torch.tensor([not np.isfinite(x).all() for x in (obs, rewards)], dtype=torch.float32)
+        sum_over_ranks(broken)  # all ranks stop together
+        if broken.any():
+            what = "an observation" if broken[0] else "a reward"
             raise FloatingPointError(f"{what} of iteration {iteration + 1} is not finite: mend the environment")
 
         # 2. Values and log-probs of the whole rollout in one pass, then advantages, and the returns that values aim at.
@@ -702,19 +708,20 @@ def play(args: Args) -> None:
     """Runs the saved policy args.play for eval_episodes and prints the returns."""
     if args.eval_episodes < 1:
         raise UserError("--eval-episodes must be at least 1 for --play")
+    check_args(args, world_size=1)
     path = Path(args.play)
     policy = load_policy(path)
     videos = (path if path.is_dir() else path.parent) / "play_videos" if args.capture_video else None
     for mode in ("greedy", "sampled"):
         returns = evaluate(policy, args.eval_episodes, mode, args.seed, videos)
-        print(f"{mode}: mean {np.mean(returns):.1f} of " + " ".join(f"{r:g}" for r in returns))
+        print(f"{policy.spec['env_id']}, {mode}: mean {np.mean(returns):.1f} of " + " ".join(f"{r:g}" for r in returns))
 
 
 # ---------------------------------------------------------------------------------------------------------- run-keeping
 
 SCRIPT = "ppo_mlp_continuous"
 FORMAT = 1  # of checkpoint.pt and policy.pt: raised whenever what they hold changes
-LIBRARIES = ("torch", "numpy", "gymnasium", "mujoco")  # whose versions config.json tells
+LIBRARIES = ("torch", "numpy", "gymnasium", "mujoco", "envpool")  # whose versions config.json tells
 # What check_args demands of the values of flags.
 LIMITS = {
     "at least 1": (
@@ -725,8 +732,9 @@ LIMITS = {
     "between 1 and 1024": ("torch_threads", lambda x: 1 <= x <= 1024),
     "above 0": (
         "learning_rate clip_coef max_grad_norm target_kl kl_penalty kl_penalty_target",
-        lambda x: x > 0,
+        lambda x: 0 < x < math.inf,
     ),
+    "finite": ("target_return", math.isfinite),
     "between 0 and 2**32 - 1": ("seed ent_coef vf_coef eval_episodes", lambda x: 0 <= x < 2**32),
     "between 0 and 1": ("gamma gae_lambda", lambda x: 0 <= x <= 1),
     "between -20 and 5": ("log_std_init", lambda x: -20 <= x <= 5),
@@ -757,6 +765,10 @@ def check_args(args: Args, world_size: int) -> None:
         raise UserError("--num-minibatches is more than the rows of a rollout: raise --num-envs or --num-steps")
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
         raise UserError(f"--device {args.device} is not available to this PyTorch: use cpu")
+    if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", "0")) >= torch.cuda.device_count():
+        raise UserError("--device cuda needs a GPU per process: lower torchrun's --nproc-per-node")
+    if args.device == "mps" and world_size > 1:
+        raise UserError("--device mps works with a single process: use cpu")
 
 
 class EnvPool(gym.vector.VectorWrapper):
@@ -872,7 +884,7 @@ def create_run(run_dir: Path, args: Args, world_size: int) -> None:
     config = {
         "args": asdict(replace(args, run_dir=None)),
         "world_size": world_size,
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in LIBRARIES},
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in LIBRARIES if find_spec(p)},
         "git": commit or None,
         "machine": machine(),
     }
@@ -1038,7 +1050,8 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
-        print(f"error: {error}; {args.run_dir}/checkpoint.pt is the last good state", file=sys.stderr)
+        if speaks:
+            print(f"error: {error}; {args.run_dir}/checkpoint.pt is the last good state", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         if speaks and args and not args.play and Path(args.run_dir, "checkpoint.pt").exists():

@@ -54,6 +54,7 @@ from datetime import datetime
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing import parent_process
 from pathlib import Path
 from shutil import which
@@ -234,12 +235,12 @@ def compute_gae(
     truncated episode bootstraps from; a terminated one bootstraps from 0. The recursion is cut at both. Row t + 1 then
     is the reset: its advantage means nothing, and nothing before it depends on it. Returns (T, N).
     """
-    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    decays = gamma * gae_lambda * (~(terminated | truncated)).to(deltas)
-    advantages = [torch.zeros_like(deltas[0])]  # (N,) each, the last step's first
-    for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind())):
-        advantages.append(delta + decay * advantages[-1])
-    return torch.stack(advantages[:0:-1])
+    deltas = (rewards + gamma * values[1:] * ~terminated - values[:-1]).numpy(force=True)
+    decays = gamma * gae_lambda * (~(terminated | truncated)).numpy(force=True).astype(deltas.dtype)
+    advantages, following = np.zeros_like(deltas), np.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):  # in NumPy: small operations cost a fraction of PyTorch's
+        advantages[t] = following = deltas[t] + decays[t] * following
+    return torch.from_numpy(advantages).to(values.device)
 
 
 def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
@@ -601,19 +602,20 @@ def play(args: Args) -> None:
     """Runs the saved policy args.play for eval_episodes and prints the returns."""
     if args.eval_episodes < 1:
         raise UserError("--eval-episodes must be at least 1 for --play")
+    check_args(args, world_size=1)
     path = Path(args.play)
     policy = load_policy(path)
     videos = (path if path.is_dir() else path.parent) / "play_videos" if args.capture_video else None
     for mode in ("greedy", "sampled"):
         returns = evaluate(policy, args.eval_episodes, mode, args.seed, videos)
-        print(f"{mode}: mean {np.mean(returns):.1f} of " + " ".join(f"{r:g}" for r in returns))
+        print(f"{policy.spec['env_id']}, {mode}: mean {np.mean(returns):.1f} of " + " ".join(f"{r:g}" for r in returns))
 
 
 # ---------------------------------------------------------------------------------------------------------- run-keeping
 
 SCRIPT = "ppo_mlp_discrete"
 FORMAT = 1  # of checkpoint.pt and policy.pt: raised whenever what they hold changes
-LIBRARIES = ("torch", "numpy", "gymnasium")  # whose versions config.json tells
+LIBRARIES = ("torch", "numpy", "gymnasium", "mujoco", "envpool")  # whose versions config.json tells
 # What check_args demands of the values of flags.
 LIMITS = {
     "at least 1": (
@@ -624,8 +626,9 @@ LIMITS = {
     "between 1 and 1024": ("torch_threads", lambda x: 1 <= x <= 1024),
     "above 0": (
         "learning_rate clip_coef max_grad_norm target_kl kl_penalty kl_penalty_target",
-        lambda x: x > 0,
+        lambda x: 0 < x < math.inf,
     ),
+    "finite": ("target_return", math.isfinite),
     "between 0 and 2**32 - 1": ("seed ent_coef vf_coef eval_episodes", lambda x: 0 <= x < 2**32),
     "between 0 and 1": ("gamma gae_lambda", lambda x: 0 <= x <= 1),
 }
@@ -655,6 +658,10 @@ def check_args(args: Args, world_size: int) -> None:
         raise UserError("--num-minibatches is more than the rows of a rollout: raise --num-envs or --num-steps")
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
         raise UserError(f"--device {args.device} is not available to this PyTorch: use cpu")
+    if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", "0")) >= torch.cuda.device_count():
+        raise UserError("--device cuda needs a GPU per process: lower torchrun's --nproc-per-node")
+    if args.device == "mps" and world_size > 1:
+        raise UserError("--device mps works with a single process: use cpu")
 
 
 class EnvPool(gym.vector.VectorWrapper):
@@ -770,7 +777,7 @@ def create_run(run_dir: Path, args: Args, world_size: int) -> None:
     config = {
         "args": asdict(replace(args, run_dir=None)),
         "world_size": world_size,
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in LIBRARIES},
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in LIBRARIES if find_spec(p)},
         "git": commit or None,
         "machine": machine(),
     }
@@ -936,7 +943,8 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
-        print(f"error: {error}; {args.run_dir}/checkpoint.pt is the last good state", file=sys.stderr)
+        if speaks:
+            print(f"error: {error}; {args.run_dir}/checkpoint.pt is the last good state", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         if speaks and args and not args.play and Path(args.run_dir, "checkpoint.pt").exists():

@@ -188,7 +188,7 @@ def continuous(args: Args) -> dict:
     total_steps = args.steps or 20_480
     shapes = {1: 2048, 8: 256, 64: 32}  # environments: steps per rollout
     modes = ["sync"] + (["envpool"] if find_spec("envpool") else [])
-    repeats = 3
+    repeats = 1
     bar = tqdm(total=3 * args.pairs + 2 * repeats * len(modes) * len(shapes), unit="run")
 
     def step(result: dict) -> float:
@@ -226,7 +226,8 @@ def continuous(args: Args) -> dict:
     print(f"  ratio pair by pair     {pairs}; median {statistics.median(same_work['ratios']):.2f}")
     print(f"  the simulator alone    {spread(same_work['simulator'])} steps/s")
     print(f"  its share of our time  {spread([100 * share for share in same_work['simulator_share']])} %")
-    print("training steps/s (simulator alone) by number of environments, 2048 rows per iteration; median of three")
+    print("training steps/s (simulator alone) by number of environments, 2048 rows per iteration")
+    print(f"(networks in one thread; sync steps in it too, EnvPool in threads of its own on {os.cpu_count()} cores)")
     for mode, by_envs in throughput.items():
         cells = []
         for envs, rates in by_envs.items():
@@ -239,6 +240,8 @@ def continuous(args: Args) -> dict:
 def main() -> None:
     """Runs a suite, prints it and writes it down."""
     args = tyro.cli(Args)
+    if args.pairs < 1 or (args.steps or 2048) < 2048:
+        sys.exit("error: --pairs must be at least 1 and --steps at least 2048")
     if find_spec("stable_baselines3") is None:
         print("error: stable-baselines3 is missing: pip install -r benchmarks/requirements-peers.txt", file=sys.stderr)
         sys.exit(2)

@@ -256,6 +256,7 @@ class BlindLater(EndlessBox):
 
     def step(self, action):
         """Counts its steps over all episodes."""
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
         self.lived += 1
         return np.full(1, np.nan if self.lived > 150 else 0, np.float32), 1.0, False, False, {}
 

@@ -2,6 +2,7 @@
 resumed and spread. What this script has in common with ppo_mlp_discrete.py word for word (test_family.py keeps it so)
 is tested there: GAE, clipped and value loss, minibatches, episode statistics, the files of a run."""
 
+import itertools
 import json
 import math
 import re
@@ -477,25 +478,71 @@ def test_ratio_is_one_before_the_first_step(tmp_path, monkeypatch):
     assert max(first_of_rollout) > 1e-3
 
 
-def test_old_log_probs_are_of_the_acting_policy(tmp_path, monkeypatch):
-    """The noise that moved the action from its mean gives the density: no row is scored at another's observation, and
-    none with statistics that the acting policy did not have."""
+def test_old_policy_is_the_acting_policy(tmp_path, monkeypatch):
+    """Row by row, the means with which actions are scored are those from which they were drawn: no row stands beside
+    another's observation, and none was normalised with statistics that the acting policy did not have."""
     acted = []
     means = ppo.Policy.means
 
     def spy(self, obs):
-        result = means(self, obs)
-        acted.append(result.copy())
-        return result
+        acted.append((obs.copy(), means(self, obs)))
+        return acted[-1][1]
 
     monkeypatch.setattr(ppo.Policy, "means", spy)
     _, batches = watch(monkeypatch)
     train_probe(tmp_path, "NumberedBox", total_timesteps=600)
-    rows = np.stack(acted).reshape(-1, 16, 4, 2)  # (iterations, T, N, C)
-    for batch, there in zip(batches, rows):
-        kept = torch.tensor(there).flatten(0, 1)
-        assert all((kept - mean).abs().amax(-1).min() < 1e-5 for mean in batch.old_means)
-    assert len(batches) == len(rows)
+    for i, batch in enumerate(batches):
+        there, drawn_from = (np.stack(column) for column in zip(*acted[16 * i : 16 * (i + 1)]))  # (T, N, ...)
+        np.testing.assert_allclose(batch.old_means, drawn_from[there[..., 0] > 0], atol=1e-6)  # negative: reset rows
+    assert len(acted) == 16 * len(batches)
+
+
+@pytest.mark.parametrize("objective", ["clip", "kl-penalty"])
+def test_metrics_of_the_update(tmp_path, monkeypatch, objective):
+    """Each loss column, computed anew from what the loss saw; beta follows the KL that the row before tells."""
+    seen, batches = [], watch(monkeypatch)[1]
+    loss = ppo.gaussian_ppo_loss
+
+    def spy(*a):
+        result = loss(*a)
+        seen.append({name: part.double().numpy() for name, part in result[1].items()} | {"beta": a[4]})
+        return result
+
+    monkeypatch.setattr(ppo, "gaussian_ppo_loss", spy)
+    divergences = []
+    kl = ppo.gaussian_kl
+
+    def spy_kl(*a):
+        result = kl(*a)
+        if not result.requires_grad:  # after the update
+            divergences.append(result)
+        return result
+
+    monkeypatch.setattr(ppo, "gaussian_kl", spy_kl)
+    args = {"total_timesteps": 500, "learning_rate": 0.02, "objective": objective, "ent_coef": 0.01}
+    rows = read_metrics(train_probe(tmp_path, "Dial", **args))
+    per_iteration = SMALL["update_epochs"] * SMALL["num_minibatches"]
+    for i, row in enumerate(rows):
+        here = seen[i * per_iteration : (i + 1) * per_iteration]
+        parts = {name: np.concatenate([x[name] for x in here]) for name in here[0] if name != "beta"}
+        ratio = np.exp(parts.pop("log_ratio"))
+        parts["old_approx_kl"], parts["approx_kl"] = -np.log(ratio), ratio - 1 - np.log(ratio)
+        parts["clipfrac"] = (ratio < 0.8) | (ratio > 1.2)
+        expected = {name: np.mean(part) for name, part in parts.items()}
+        batch = batches[i]
+        expected["explained_variance"] = 1 - np.var((batch.returns - batch.old_values).numpy()) / np.var(
+            batch.returns.numpy()
+        )
+        if objective == "kl-penalty":
+            expected |= {"kl": divergences[i].mean().item(), "kl_penalty": here[0]["beta"]}
+        columns = {name.removeprefix("losses/"): float(x) for name, x in row.items() if name.startswith("losses/")}
+        assert columns.pop("grad_norm") > 0
+        assert columns == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    if objective == "kl-penalty":
+        figures = [(float(row["losses/kl_penalty"]), float(row["losses/kl"])) for row in rows]
+        assert len({beta for beta, _ in figures}) > 1
+        for (beta, divergence), (following, _) in itertools.pairwise(figures):
+            assert following == ppo.adapt_beta(beta, divergence, 0.01)
 
 
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Pendulum-v1"])
@@ -571,7 +618,7 @@ def test_play_and_load_policy_give_the_summarys_returns(tmp_path, monkeypatch, c
     summary = summary_of(run_dir)
     assert {"script", "task", "seed", "global_step", "seconds", "steps_per_second", "train_return"} <= set(summary)
     config = json.loads((run_dir / "config.json").read_text())
-    assert {"torch", "numpy", "gymnasium", "mujoco", "python"} == set(config["versions"])
+    assert {"torch", "numpy", "gymnasium", "mujoco", "python"} <= set(config["versions"])
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["x", "--play", str(run_dir / "policy.pt"), "--eval-episodes", "5", "--seed", "3"])
     ppo.main()
@@ -657,6 +704,9 @@ def test_two_ranks_equal_one_process(tmp_path):
         (["--log-std-init", "nan"], "--log-std-init"),
         (["--log-std-init", "99"], "--log-std-init"),
         (["--norm-obs", "yes"], "yes"),
+        (["--target-return", "nan"], "--target-return"),
+        (["--learning-rate", "inf"], "--learning-rate"),
+        (["--play", "nowhere", "--seed", "-1"], "--seed"),
         (["--num-minibatches", "9", "--num-envs", "2", "--num-steps", "4"], "--num-minibatches"),
         (["--resume", "nowhere"], "--resume nowhere"),
         (["--play", "nowhere/policy.pt"], "nowhere/policy.pt"),
@@ -716,6 +766,24 @@ def test_envpool_missing(tmp_path, monkeypatch, capsys):
     assert len(lines) == 1
     assert "--vectorization-mode envpool (pip install envpool)" in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_envpool_is_made_anew_with_each_seed(monkeypatch):
+    """With a stand-in for the package, since seeds are all that its wrapper adds."""
+    made = []
+
+    def make_gymnasium(env_id, num_envs, seed=None):
+        made.append(seed)
+        return gym.make_vec(env_id, num_envs)
+
+    monkeypatch.setitem(sys.modules, "envpool", type("envpool", (), {"make_gymnasium": staticmethod(make_gymnasium)}))
+    envs = ppo.make_envs("Pendulum-v1", 3, "envpool")
+    for seed, expected in ((7, [7, 8, 9]), (None, None), (2**31 - 1, [2**31 - 1, 0, 1])):
+        obs, _ = envs.reset(seed=seed)
+        assert obs.shape == (3, 3)
+        if seed is not None:
+            assert made[-1] == expected
+    assert len(made) == 3
 
 
 def test_envpool(tmp_path):
