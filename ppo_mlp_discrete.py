@@ -656,6 +656,8 @@ def check_args(args: Args, world_size: int) -> None:
         raise UserError(f"--num-envs {args.num_envs} must be a multiple of the {world_size} processes")
     if args.num_minibatches * world_size > args.num_envs * args.num_steps:
         raise UserError("--num-minibatches is more than the rows of a rollout: raise --num-envs or --num-steps")
+    if args.vectorization_mode == "envpool" and find_spec("envpool") is None:
+        raise UserError("--vectorization-mode envpool needs a package: pip install envpool")
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
         raise UserError(f"--device {args.device} is not available to this PyTorch: use cpu")
     if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", "0")) >= torch.cuda.device_count():
@@ -681,9 +683,6 @@ class EnvPool(gym.vector.VectorWrapper):
 
 def make_envs(env_id: str, num_envs: int, mode: str) -> gym.vector.VectorEnv:
     """num_envs parallel environments with flat observations and NEXT_STEP autoreset. Raises UserError."""
-    if mode == "envpool":
-        with user_error_in("--vectorization-mode envpool (pip install envpool)"):
-            import_module("envpool")
     with user_error_in(f"--env-id {env_id}"):
         if mode == "envpool":
             envs = EnvPool(env_id, num_envs)

@@ -188,8 +188,7 @@ def continuous(args: Args) -> dict:
     total_steps = args.steps or 20_480
     shapes = {1: 2048, 8: 256, 64: 32}  # environments: steps per rollout
     modes = ["sync"] + (["envpool"] if find_spec("envpool") else [])
-    repeats = 1
-    bar = tqdm(total=3 * args.pairs + 2 * repeats * len(modes) * len(shapes), unit="run")
+    bar = tqdm(total=3 * args.pairs + 2 * len(modes) * len(shapes), unit="run")
 
     def step(result: dict) -> float:
         bar.update()
@@ -209,12 +208,10 @@ def continuous(args: Args) -> dict:
         same_work["ours"].append(ours(1, "sync", seed))
         same_work["stable_baselines3"].append(step(run_sb3(SB3_MUJOCO, seed, total_steps)))
         same_work["simulator"].append(simulator(1, "sync"))
-    throughput = {mode: {envs: {"training": [], "simulator": []} for envs in shapes} for mode in modes}
-    for seed in range(1, repeats + 1):
-        for mode in modes:
-            for envs in shapes:
-                throughput[mode][envs]["training"].append(ours(envs, mode, seed))
-                throughput[mode][envs]["simulator"].append(simulator(envs, mode))
+    throughput = {
+        mode: {envs: {"training": ours(envs, mode, 1), "simulator": simulator(envs, mode)} for envs in shapes}
+        for mode in modes
+    }
     bar.close()
 
     same_work["ratios"] = [a / b for a, b in zip(same_work["ours"], same_work["stable_baselines3"])]
@@ -226,13 +223,10 @@ def continuous(args: Args) -> dict:
     print(f"  ratio pair by pair     {pairs}; median {statistics.median(same_work['ratios']):.2f}")
     print(f"  the simulator alone    {spread(same_work['simulator'])} steps/s")
     print(f"  its share of our time  {spread([100 * share for share in same_work['simulator_share']])} %")
-    print("training steps/s (simulator alone) by number of environments, 2048 rows per iteration")
+    print("training steps/s (simulator alone) by number of environments, 2048 rows per iteration, one run each")
     print(f"(networks in one thread; sync steps in it too, EnvPool in threads of its own on {os.cpu_count()} cores)")
     for mode, by_envs in throughput.items():
-        cells = []
-        for envs, rates in by_envs.items():
-            training, alone = (statistics.median(rates[what]) for what in ("training", "simulator"))
-            cells.append(f"{envs:>3} envs {training:>6,.0f} ({alone:>6,.0f})")
+        cells = [f"{n:>3} envs {r['training']:>6,.0f} ({r['simulator']:>6,.0f})" for n, r in by_envs.items()]
         print(f"  {mode:8} {'   '.join(cells)}")
     return {"same_work": same_work, "steps_per_second_by_envs": throughput}
 
@@ -241,7 +235,8 @@ def main() -> None:
     """Runs a suite, prints it and writes it down."""
     args = tyro.cli(Args)
     if args.pairs < 1 or (args.steps or 2048) < 2048:
-        sys.exit("error: --pairs must be at least 1 and --steps at least 2048")
+        print("error: --pairs must be at least 1 and --steps at least 2048", file=sys.stderr)
+        sys.exit(2)
     if find_spec("stable_baselines3") is None:
         print("error: stable-baselines3 is missing: pip install -r benchmarks/requirements-peers.txt", file=sys.stderr)
         sys.exit(2)

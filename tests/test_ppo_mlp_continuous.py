@@ -78,8 +78,8 @@ def test_means_of_the_kl_estimators_equal_the_exact_kl():
     actions = old[0] + old[1].exp() * torch.randn(400_000, 2)
     k1, k3 = ppo.kl_estimates(ppo.gaussian_log_prob(actions, *new) - ppo.gaussian_log_prob(actions, *old))
     exact = ppo.gaussian_kl(*old, *new).item()
-    assert k1.mean().item() == pytest.approx(exact, abs=5 * k1.std().item() / 632)
-    assert k3.mean().item() == pytest.approx(exact, abs=5 * k3.std().item() / 632)
+    assert k1.mean().item() == pytest.approx(exact, abs=5 * k1.std().item() / math.sqrt(len(k1)))
+    assert k3.mean().item() == pytest.approx(exact, abs=5 * k3.std().item() / math.sqrt(len(k3)))
 
 
 def make_networks(obs_dim=3, action_dim=2):
@@ -764,7 +764,7 @@ def test_envpool_missing(tmp_path, monkeypatch, capsys):
     code, lines = run_main(ppo, monkeypatch, capsys, "--vectorization-mode", "envpool")
     assert code == 2
     assert len(lines) == 1
-    assert "--vectorization-mode envpool (pip install envpool)" in lines[0]
+    assert lines[0] == "error: --vectorization-mode envpool needs a package: pip install envpool"
     assert not list(tmp_path.iterdir())
 
 
@@ -808,7 +808,7 @@ def test_a_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
 
 
 def test_the_file_alone_is_enough(tmp_path):
-    """A copy in an empty folder trains and plays."""
+    """A copy in an empty folder trains, evaluates and leaves its files."""
     shutil.copy(SCRIPT, tmp_path)
     common = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
     args = SMALL | {"env_id": "Pendulum-v1", "total_timesteps": 64, "eval_episodes": 1}
