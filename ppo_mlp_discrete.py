@@ -147,6 +147,11 @@ class Args:
     compile: bool = False
     """torch.compile the loss: up to a minute of compiling, then about a fifth faster on CartPole"""
 
+    @property
+    def task(self) -> str:
+        """What the run directory and the summary call the task."""
+        return self.env_id
+
 
 # ------------------------------------------------------------------------------------------------------------- networks
 
@@ -386,9 +391,10 @@ def train(args: Args) -> dict[str, float | str]:
     # Set-up. Flags describe the whole job: under torchrun, each of world_size ranks has its share of the environments.
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check_args(args, world_size)
-    run_dir = Path(args.resume or args.run_dir or default_run_dir(args.env_id, args.seed))
+    check_env_args(args, world_size)
+    run_dir = Path(args.resume or args.run_dir or default_run_dir(args))
     videos = run_dir / "videos" if args.capture_video else None
-    device = start_device(args, world_size)
+    device = start_device(args, world_size, auto="cpu")
     torch.manual_seed(args.seed)
     num_steps, num_envs = args.num_steps, args.num_envs // world_size
     my_envs = slice(rank * num_envs, (rank + 1) * num_envs)
@@ -548,7 +554,7 @@ def train(args: Args) -> dict[str, float | str]:
     weights = {name: weight.cpu().clone() for name, weight in actor.state_dict().items()}
     write_atomically(run_dir / "policy.pt", {"spec": spec, "weights": weights})
     draw_returns(run_dir)
-    summary = {"script": SCRIPT, "task": args.env_id, "seed": args.seed, "global_step": global_step}
+    summary = {"script": SCRIPT, "task": args.task, "seed": args.seed, "global_step": global_step}
     summary |= {"seconds": seconds, "steps_per_second": global_step / seconds}
     if recent:
         summary["train_return"] = np.mean(recent, axis=0)[0].item()
@@ -603,6 +609,7 @@ def play(args: Args) -> None:
     if args.eval_episodes < 1:
         raise UserError("--eval-episodes must be at least 1 for --play")
     check_args(args, world_size=1)
+    check_env_args(args, world_size=1)
     path = Path(args.play)
     policy = load_policy(path)
     videos = (path if path.is_dir() else path.parent) / "play_videos" if args.capture_video else None
@@ -650,6 +657,16 @@ def check_args(args: Args, world_size: int) -> None:
         for name in (field.name for field in fields(Args) if field.name != "run_dir"):
             if getattr(args, name) != getattr(saved, name):
                 raise UserError(f"--{name.replace('_', '-')} contradicts the run in {args.resume}: leave it out")
+    if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
+        raise UserError(f"--device {args.device} is not available to this PyTorch: use cpu")
+    if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", "0")) >= torch.cuda.device_count():
+        raise UserError("--device cuda needs a GPU per process: lower torchrun's --nproc-per-node")
+    if args.device == "mps" and world_size > 1:
+        raise UserError("--device mps works with a single process: use cpu")
+
+
+def check_env_args(args: Args, world_size: int) -> None:
+    """Raises UserError for flags about environments and minibatches that do not fit together."""
     if args.capture_video and not args.eval_episodes:
         raise UserError("--capture-video records evaluation episodes: set --eval-episodes to at least 1")
     if args.num_envs % world_size:
@@ -658,12 +675,6 @@ def check_args(args: Args, world_size: int) -> None:
         raise UserError("--num-minibatches is more than the rows of a rollout: raise --num-envs or --num-steps")
     if args.vectorization_mode == "envpool" and find_spec("envpool") is None:
         raise UserError("--vectorization-mode envpool needs a package: pip install envpool")
-    if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
-        raise UserError(f"--device {args.device} is not available to this PyTorch: use cpu")
-    if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", "0")) >= torch.cuda.device_count():
-        raise UserError("--device cuda needs a GPU per process: lower torchrun's --nproc-per-node")
-    if args.device == "mps" and world_size > 1:
-        raise UserError("--device mps works with a single process: use cpu")
 
 
 class EnvPool(gym.vector.VectorWrapper):
@@ -732,11 +743,11 @@ def discrete_spec(env_id: str, envs: gym.vector.VectorEnv) -> dict:
     }
 
 
-def start_device(args: Args, world_size: int) -> torch.device:
-    """Sets threads and determinism, joins the other ranks, and returns this rank's device."""
+def start_device(args: Args, world_size: int, auto: str) -> torch.device:
+    """Sets threads and determinism, joins the other ranks, and returns this rank's device. auto: what "auto" means."""
     torch.set_num_threads(args.torch_threads)
     threadpool_limits(args.torch_threads)  # NumPy's too
-    device = torch.device("cpu" if args.device == "auto" else args.device)
+    device = torch.device(auto if args.device == "auto" else args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
@@ -760,9 +771,10 @@ def derive_seeds(seed: int, stage: int, count: int) -> list[int]:
     return np.random.SeedSequence((seed, stage)).generate_state(count).tolist()
 
 
-def default_run_dir(env_id: str, seed: int) -> str:
+def default_run_dir(args: Args) -> str:
     """runs/<task>__<script>__<seed>__<time>"""
-    return f"runs/{re.sub(r'[^A-Za-z0-9.-]', '_', env_id)}__{SCRIPT}__{seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    task = re.sub(r"[^A-Za-z0-9.-]", "_", args.task)
+    return f"runs/{task}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
 
 
 def create_run(run_dir: Path, args: Args, world_size: int) -> None:
@@ -882,7 +894,7 @@ def user_error_in(what: str) -> Iterator[None]:
     """Turns an error that a library raises about the user's wish into a UserError that begins with what."""
     try:
         yield
-    except Exception as error:  # gymnasium, environments and files fail in many ways
+    except Exception as error:  # libraries, environments and files fail in many ways
         raise UserError(f"{what}: {error}".splitlines()[0]) from error
 
 
@@ -932,7 +944,7 @@ def main() -> None:
             if args.run_dir:
                 raise UserError("--run-dir contradicts --resume, which goes on in its own directory: leave it out")
             args = parse_flags(saved_args(args.resume))
-        args.run_dir = args.resume or args.run_dir or default_run_dir(args.env_id, args.seed)
+        args.run_dir = args.resume or args.run_dir or default_run_dir(args)
         play(args) if args.play else train(args)
         if "RANK" in os.environ:
             sys.stdout.flush()

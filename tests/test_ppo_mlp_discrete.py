@@ -760,7 +760,7 @@ def test_a_mistake_in_a_real_process(tmp_path):
 
 def test_num_envs_must_divide_among_ranks(monkeypatch):
     with pytest.raises(ppo.UserError, match="--num-envs 3 must be a multiple of the 2 processes"):
-        ppo.check_args(Args(num_envs=3), world_size=2)
+        ppo.check_env_args(Args(num_envs=3), world_size=2)
 
 
 def test_video_without_moviepy(tmp_path, monkeypatch, capsys):
