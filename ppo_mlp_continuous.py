@@ -655,9 +655,7 @@ def train(args: Args) -> dict[str, float | str]:
     seconds = time.perf_counter() - start
     envs.close()
     progress.close()
-    if dist.is_initialized():
-        dist.barrier()  # nobody leaves while others still talk
-        dist.destroy_process_group()
+    leave_ranks()
     if rank > 0:
         return {}
     log.close()
@@ -876,6 +874,13 @@ def sum_over_ranks(*tensors: Tensor) -> None:
         dist.all_reduce(flat)
         for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
             x.copy_(total.view_as(x))
+
+
+def leave_ranks() -> None:
+    """Leaves the other ranks when all have come here: nobody goes while others still talk."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def derive_seeds(seed: int, stage: int, count: int) -> list[int]:
