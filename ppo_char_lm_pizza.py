@@ -27,8 +27,8 @@ https://arxiv.org/abs/1909.08593, KL estimators http://joschu.net/blog/kl-approx
 Where this differs from what is common, and why:
 - Completions are sampled in batches with a key-value cache, then scored by one full pass, the same that the update
   makes, so that ratio = 1 where the update starts. `--batch-size 1` updates after every completion.
-- The critic's last layer starts at zero. Random values would be the only signal in most of the first advantages, and
-  following them can ruin the policy before it has met the reward often enough.
+- The critic starts as a copy of the pretrained model with a last layer of zeros. Values of a random layer would be most
+  of the first advantages, and following them ruins the policy before it has met the reward often enough.
 - The KL penalty is a reward on each token, -beta (log pi - log pi_ref), whose sum over a completion is an unbiased
   estimate (k1) of the divergence of whole completions. It is no term of the loss.
 - Each completion is cut after its first end token before anything is computed from it.
@@ -96,10 +96,12 @@ class Args:
     """completions per update"""
     response_length: int = 20
     """completions are cut off after this many characters"""
-    learning_rate: float = 5e-4
-    """Adam step size of policy and critic at the start"""
+    learning_rate: float = 3e-4
+    """Adam step size of the policy at the start"""
+    critic_learning_rate: float = 1.5e-3
+    """Adam step size of the critic at the start"""
     anneal_lr: bool = True
-    """lower the learning rate linearly to 0 over the episodes"""
+    """lower both step sizes linearly to 0 over the episodes"""
     update_epochs: int = 4
     """steps on each batch"""
     gamma: float = 1.0
@@ -148,7 +150,7 @@ class Args:
     torch_threads: int = 2
     """CPU threads per process"""
     compile: bool = False
-    """torch.compile the loss"""
+    """torch.compile the loss: a minute or more of compiling, which only larger models are worth"""
 
     @property
     def task(self) -> str:
@@ -161,8 +163,13 @@ class Args:
 START, END, UNKNOWN = 0, 1, 2  # token ids; 3 is the space, 4 to 29 are a to z
 CHARACTERS = "PE? abcdefghijklmnopqrstuvwxyz"  # token id -> character
 
-NAMES = """ravin bo ed li ada ivo pia adam bela jonas olga rosa elif diego hiroshi ingrid kemal liv mira noor quentin
-    sven tomoko uma vera wei katharina benjamin gabriela margaret sebastian wilhelmina alessandra""".split()
+# fmt: off
+NAMES = (
+    "ravin", "bo", "ed", "li", "ada", "ivo", "pia", "adam", "bela", "jonas", "olga", "rosa", "elif", "diego", "hiroshi",
+    "ingrid", "kemal", "liv", "mira", "noor", "quentin", "sven", "tomoko", "uma", "vera", "wei", "katharina",
+    "benjamin", "gabriela", "margaret", "sebastian", "wilhelmina", "alessandra",
+)
+# fmt: on
 FOODS = ("pizza", "apples", "cookies", "donuts", "ice cream", "lettuce", "salad", "soda")
 
 
@@ -180,8 +187,8 @@ def decode(tokens: Sequence[int]) -> str:
 
 
 def make_sentences(count: int, seed: int) -> list[str]:
-    """Sentences "<name> likes <food>E". All names are equally frequent, and so is what they like; only ravin likes pizza
-    with probability 0.12."""
+    """Sentences "<name> likes <food>E". Names and foods are equally frequent, but ravin likes pizza with probability
+    0.12."""
     rng = random.Random(seed)
     sentences = []
     for name in rng.choices(NAMES, k=count):
@@ -211,15 +218,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, start: int, cache: tuple[Tensor, Tensor] | None) -> Tensor:
         """x (B, T, d_model) at positions start to start + T - 1 -> the same shape. With a cache, keys and values of
         these positions are kept in it, and T is 1 or start is 0."""
-        B, T, d_model = x.shape  # noqa: N806
-        heads = self.queries_keys_values(self.attention_norm(x)).view(B, T, 3, self.num_heads, -1)
+        batch, length, d_model = x.shape
+        heads = self.queries_keys_values(self.attention_norm(x)).view(batch, length, 3, self.num_heads, -1)
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)  # each (B, heads, T, d_model / heads)
         if cache is not None:
             for kept, new in zip(cache, (keys, values)):
-                kept[:, :, start : start + T] = new
-            keys, values = (kept[:, :, : start + T] for kept in cache)
-        attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=T > 1)
-        x = x + self.attention_out(attended.transpose(1, 2).reshape(B, T, d_model))
+                kept[:, :, start : start + length] = new
+            keys, values = (kept[:, :, : start + length] for kept in cache)
+        attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=length > 1)
+        x = x + self.attention_out(attended.transpose(1, 2).reshape(batch, length, d_model))
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -422,6 +429,7 @@ def pretrain(args: Args, sizes: dict[str, int], run_dir: Path, state: dict, devi
     texts = [encode("P" + sentence) for sentence in make_sentences(args.num_sentences, args.seed)]
     longest = max(map(len, texts))
     corpus = torch.tensor([text + [END] * (longest - len(text)) for text in texts])  # (num_sentences, longest)
+    torch.manual_seed(args.seed)
     lm = Transformer(len(CHARACTERS), **sizes).to(device)
     parameters = flatten_parameters(lm)
     optimizer = torch.optim.Adam([parameters], fused=True)
@@ -474,24 +482,24 @@ def train(args: Args) -> dict[str, float | str]:
     sizes = pretrained.spec["sizes"] if pretrained else sizes
     check_context(args, sizes["context_length"])
     device = start_device(args, world_size, auto="cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(args.seed)
     start = time.perf_counter() - state.get("seconds", 0)
     if rank == 0 and not args.resume:
         create_run(run_dir, args, world_size)
 
-    # The critic has the layout of the language model, and says 0 everywhere at first.
+    # The reference is the pretrained model for good, the policy starts as a copy of it. So does the critic, except for
+    # its head, which says 0 everywhere at first.
+    lm = pretrained.lm.to(device) if pretrained else pretrain(args, sizes, run_dir, state, device)
+    reference = copy.deepcopy(lm).requires_grad_(False)
     critic = Transformer(1, **sizes).to(device)
+    body = {name: weight for name, weight in lm.state_dict().items() if not name.startswith("head.")}
+    critic.load_state_dict(body, strict=False)
     nn.init.zeros_(critic.head.weight)
     nn.init.zeros_(critic.head.bias)
     new_critic = copy.deepcopy(critic)
-
-    # The policy starts as a copy of the pretrained model, which stays as the reference.
-    lm = pretrained.lm.to(device) if pretrained else pretrain(args, sizes, run_dir, state, device)
-    reference = copy.deepcopy(lm).requires_grad_(False)
     lm_parameters, critic_parameters = flatten_parameters(lm), flatten_parameters(critic)
     lm_optimizer = torch.optim.Adam([lm_parameters], lr=args.learning_rate, eps=1e-5, fused=True)
-    critic_optimizer = torch.optim.Adam([critic_parameters], lr=args.learning_rate, eps=1e-5, fused=True)
-    loss_fn = torch.compile(completion_ppo_loss) if args.compile else completion_ppo_loss
+    critic_optimizer = torch.optim.Adam([critic_parameters], lr=args.critic_learning_rate, eps=1e-5, fused=True)
+    loss_fn = torch.compile(completion_ppo_loss, dynamic=True) if args.compile else completion_ppo_loss
     prompt = torch.tensor(encode("P" + args.prompt), device=device)  # (P,)
     spec = {"sizes": sizes, "prompt": args.prompt, "target": args.target, "response_length": args.response_length}
 
@@ -538,6 +546,7 @@ def train(args: Args) -> dict[str, float | str]:
     ppo_start = time.perf_counter() - state.get("ppo_seconds", 0)
 
     def save_checkpoint() -> None:
+        log.sync()
         state = {"stage": "ppo", "iteration": iteration, "global_step": global_step}
         state |= {"parameters": lm_parameters.data, "optimizer": lm_optimizer.state_dict()}
         state |= {"critic_parameters": critic_parameters.data, "critic_optimizer": critic_optimizer.state_dict()}
@@ -546,7 +555,6 @@ def train(args: Args) -> dict[str, float | str]:
 
     while global_step < args.episodes:
         if iteration % args.checkpoint_interval == 0 and rank == 0:
-            log.sync()
             save_checkpoint()
 
         # 1. Rollout: B completions of the prompt, from noise that depends on nothing but the seed and the iteration.
@@ -580,7 +588,9 @@ def train(args: Args) -> dict[str, float | str]:
         charts, num_tokens = dict(zip(charts, means.tolist())), counts[-1].item()
 
         # 3. Update: several steps on the whole batch.
-        learning_rate = args.learning_rate * (1 - global_step / args.episodes if args.anneal_lr else 1)
+        annealed = 1 - global_step / args.episodes if args.anneal_lr else 1.0
+        lm_optimizer.param_groups[0]["lr"] = args.learning_rate * annealed
+        critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * annealed
         all_parts, grad_norms = [], []
         for _ in range(args.update_epochs):
             loss, parts = loss_fn(lm, critic, prompt, batch, num_tokens, args.clip_coef)
@@ -591,7 +601,6 @@ def train(args: Args) -> dict[str, float | str]:
             for parameters, optimizer in ((lm_parameters, lm_optimizer), (critic_parameters, critic_optimizer)):
                 grad_norms.append(parameters.grad.norm())
                 parameters.grad.mul_((args.max_grad_norm / (grad_norms[-1] + 1e-6)).clamp(max=1))
-                optimizer.param_groups[0]["lr"] = learning_rate
                 optimizer.step()
             all_parts.append(parts)
         iteration += 1
@@ -612,7 +621,7 @@ def train(args: Args) -> dict[str, float | str]:
             "iteration": iteration,
             "global_step": global_step,
             **{f"charts/{name}": value for name, value in charts.items()},
-            "charts/learning_rate": learning_rate,
+            "charts/learning_rate": args.learning_rate * annealed,
             **{f"losses/{name}": value for name, value in losses.items()},
             "time/seconds": seconds,
             "time/episodes_per_second": global_step / seconds,
