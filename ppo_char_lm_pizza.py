@@ -432,7 +432,7 @@ def pretrain(args: Args, sizes: dict[str, int], run_dir: Path, state: dict, devi
     torch.manual_seed(args.seed)
     lm = Transformer(len(CHARACTERS), **sizes).to(device)
     parameters = flatten_parameters(lm)
-    optimizer = torch.optim.Adam([parameters], fused=True)
+    optimizer = torch.optim.Adam([parameters], eps=1e-5, fused=True)
     first_step, steps = state.get("step", 0), args.pretrain_steps
     if state:
         parameters.data.copy_(state["parameters"])
@@ -946,7 +946,8 @@ def draw_metrics(run_dir: Path) -> None:
         rows = list(csv.DictReader(file))
     names = [name for name in rows[0] if name.startswith(("charts/", "losses/"))]
     steps = [int(row["global_step"]) for row in rows]
-    figure = Figure(figsize=(16, 9), layout="constrained")
+    figure = Figure(figsize=(16, 9))
+    figure.subplots_adjust(left=0.03, right=0.99, bottom=0.08, top=0.96, hspace=0.25)
     for i, name in enumerate(names):
         axes = figure.add_subplot(3, math.ceil(len(names) / 3), i + 1)
         values = np.array([float(row[name]) for row in rows])
@@ -954,7 +955,7 @@ def draw_metrics(run_dir: Path) -> None:
         axes.plot(steps, values.cumsum() / np.arange(1, len(values) + 1), label="mean so far")
         axes.set_title(name)
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower right", ncols=2)
     figure.supxlabel("episodes")
     figure.savefig(run_dir / "metrics.png")
 
