@@ -947,12 +947,13 @@ def draw_metrics(run_dir: Path) -> None:
     names = [name for name in rows[0] if name.startswith(("charts/", "losses/"))]
     steps = [int(row["global_step"]) for row in rows]
     figure = Figure(figsize=(16, 9))
-    figure.subplots_adjust(left=0.03, right=0.99, bottom=0.08, top=0.96, hspace=0.25)
+    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.08, top=0.96, hspace=0.25)
     for i, name in enumerate(names):
         axes = figure.add_subplot(3, math.ceil(len(names) / 3), i + 1)
         values = np.array([float(row[name]) for row in rows])
         axes.plot(steps, values, alpha=0.5, label="each update")
         axes.plot(steps, values.cumsum() / np.arange(1, len(values) + 1), label="mean so far")
+        axes.ticklabel_format(scilimits=(-3, 4))
         axes.set_title(name)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="lower right", ncols=2)
@@ -964,7 +965,7 @@ def draw_critic_values(run_dir: Path, prompt: str, target: str, critics: dict[st
     """Draws each critic's values along the prompt and the target, and along another food, as critic_values.png. The
     value at a character is the return to expect once it stands there."""
     texts = [f"P{prompt}{food[:-1]}" for food in ("pizza" if target == "salad" else "salad", target)]
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for (when, critic), style in zip(critics.items(), ("--", "-")):
         for text, colour in zip(texts, ("tab:green", "tab:red")):
@@ -972,10 +973,11 @@ def draw_critic_values(run_dir: Path, prompt: str, target: str, critics: dict[st
                 values = critic(torch.tensor([encode(text)], device=critic.head.weight.device))[0, :, 0]
             axes.plot(values.tolist(), style, color=colour, label=f'"{text}" {when} PPO')
     labels = ["\n".join(pair) for pair in itertools.zip_longest(*texts, fillvalue="")]
+    axes.axvspan(0, len(prompt) - 0.5, color="tab:gray", alpha=0.15, label="inside the prompt: not trained")
     axes.set_xticks(range(len(labels)), labels)
     axes.set(ylabel="value", title=run_dir.name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(run_dir / "critic_values.png")
 
 
