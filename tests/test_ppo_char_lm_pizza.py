@@ -383,12 +383,14 @@ def test_ppo_finds_the_closed_form_optimum(tmp_path):
 
 
 def test_before_the_first_step_ratio_is_one_and_kl_is_zero(tmp_path, monkeypatch):
-    """The critic is zero then, too, and the update's first loss is that of the policy that made the completions."""
-    calls = []
+    """The critic is zero then, too, on the body of the pretrained model; and the first loss of each update is that of
+    the policy that made the completions."""
+    calls, bodies = [], []
     original = ppo.completion_ppo_loss
 
     def spy(lm, critic, prompt, batch, *rest):
         calls.append((batch, ppo.at_completions(critic, prompt, batch.completions).detach()))
+        bodies.append([[w.clone() for n, w in m.state_dict().items() if "head" not in n] for m in (lm, critic)])
         loss, parts = original(lm, critic, prompt, batch, *rest)
         calls[-1] += (parts,)
         return loss, parts
@@ -398,6 +400,8 @@ def test_before_the_first_step_ratio_is_one_and_kl_is_zero(tmp_path, monkeypatch
     rows = read_metrics(run_dir)
     assert len(calls) == 6
     assert not calls[0][1].any()
+    assert all(torch.equal(a, b) for a, b in zip(*bodies[0], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(*bodies[1], strict=True))
     for i in (0, 3):  # the first step of each update
         assert not calls[i][2]["log_ratio"].any()
     assert calls[1][2]["log_ratio"].abs().max() > 1e-6
