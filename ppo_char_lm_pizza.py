@@ -19,7 +19,7 @@
 The script makes sentences "<name> likes <food>", pretrains a small transformer on them, and lets PPO change what the
 model likes. An episode is one completion of the prompt, its actions are characters. A completion that ends in "pizza"
 earns 4, and the KL divergence from the pretrained model costs beta per nat. The best that any policy can reach is then
-known exactly, and the run prints how close it came.
+known in closed form, and the run prints how close it came.
 
 References: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438, fine-tuning with a KL penalty
 https://arxiv.org/abs/1909.08593, KL estimators http://joschu.net/blog/kl-approx.html.
@@ -114,7 +114,7 @@ class Args:
     """gradient norms of policy and critic, each by itself, are clipped to this"""
 
     pretrained: str | None = None
-    """skip pretraining: start from this model (pretrained.pt or its run directory); its sizes replace those of flags"""
+    """skip pretraining: start from this model (pretrained.pt or its run directory), whose sizes replace the flags'"""
     pretrain_only: bool = False
     """stop after pretraining"""
     num_sentences: int = 5000
@@ -137,7 +137,7 @@ class Args:
     eval_samples: int = 1000
     """completions that measure the policy before and after PPO, and with --play"""
     play: str | None = None
-    """sample completions of this saved policy (a .pt file, or the run directory of policy.pt) and exit"""
+    """sample completions of this saved policy (a .pt file or a run directory), of its own prompt, and exit"""
 
     run_dir: str | None = None
     """where the run is written; default runs/<task>__<script>__<seed>__<time>"""
@@ -150,7 +150,7 @@ class Args:
     torch_threads: int = 2
     """CPU threads per process"""
     compile: bool = False
-    """torch.compile the loss: a minute or more of compiling, which only larger models are worth"""
+    """torch.compile the loss: costs a minute or more, worth it only for larger models"""
 
     @property
     def task(self) -> str:
@@ -200,7 +200,7 @@ def make_sentences(count: int, seed: int) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------------- networks
 
-Cache = list[tuple[Tensor, Tensor]]  # keys and values of each block, (B, heads, context, d_model / heads) both
+Cache = list[tuple[Tensor, Tensor]]  # keys and values of each block, each (B, heads, length, d_model / heads)
 
 
 class Block(nn.Module):
@@ -392,7 +392,7 @@ def optimal_objective(log_p: float, reward: float, kl_beta: float) -> float:
     earns the reward with probability exp(log_p), else nothing. Its policy is pi_ref exp(r / beta) / Z (Ziegler et al.
     2019, §2.1)."""
     if kl_beta == 0:
-        return max(reward, 0.0)
+        return reward
     log_rest = math.log1p(-math.exp(log_p)) if log_p < 0 else -math.inf
     return kl_beta * np.logaddexp(log_p + reward / kl_beta, log_rest).item()
 
@@ -433,17 +433,19 @@ def pretrain(args: Args, sizes: dict[str, int], run_dir: Path, state: dict, devi
     lm = Transformer(len(CHARACTERS), **sizes).to(device)
     parameters = flatten_parameters(lm)
     optimizer = torch.optim.Adam([parameters], eps=1e-5, fused=True)
+    start = time.perf_counter() - state.get("seconds", 0)
     first_step, steps = state.get("step", 0), args.pretrain_steps
     if state:
         parameters.data.copy_(state["parameters"])
         optimizer.load_state_dict(state["optimizer"])
-    batches = np.random.default_rng(args.seed).integers(len(corpus), size=(steps, args.pretrain_batch_size))
     progress = tqdm(total=steps, initial=first_step, unit="step", disable=None if rank == 0 else True)
     for step in range(first_step, steps):
         if step % 100 == 0 and rank == 0:
-            state = {"stage": "pretraining", "step": step, "parameters": parameters.data}
-            write_atomically(run_dir / "checkpoint.pt", state | {"optimizer": optimizer.state_dict()})
-        batch = corpus[batches[step]]
+            checkpoint = {"stage": "pretraining", "step": step, "seconds": time.perf_counter() - start}
+            checkpoint |= {"parameters": parameters.data, "optimizer": optimizer.state_dict()}
+            write_atomically(run_dir / "checkpoint.pt", checkpoint)
+        rows = np.random.default_rng((args.seed, step)).integers(len(corpus), size=args.pretrain_batch_size)
+        batch = corpus[rows]
         mask = until_end(batch)[:, 1:]  # what is predicted: all after the start token, up to the end token
         count = mask.sum().item()
         batch, mask = batch[rank::world_size].to(device), mask[rank::world_size].to(device)
@@ -453,10 +455,10 @@ def pretrain(args: Args, sizes: dict[str, int], run_dir: Path, state: dict, devi
         loss.backward()
         loss = loss.detach()
         sum_over_ranks(parameters.grad, loss)
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss of pretraining step {step + 1} is not finite")
         optimizer.param_groups[0]["lr"] = args.pretrain_learning_rate * (1 - step / steps)
         optimizer.step()
+        if not (loss.isfinite() and parameters.isfinite().all()):
+            raise FloatingPointError(f"the loss of pretraining step {step + 1} is not finite")
         if rank == 0:
             show_progress(progress, step + 1, f"pretraining loss {loss:.3f} nats per character")
     progress.close()
@@ -472,15 +474,15 @@ def train(args: Args) -> dict[str, float | str]:
     # Set-up. Flags describe the whole job: under torchrun, each of world_size ranks has its share of every batch.
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check_args(args, world_size)
-    check_text_args(args, world_size)
     run_dir = Path(args.resume or args.run_dir or default_run_dir(args))
     state = load_saved(run_dir / "checkpoint.pt") if args.resume else {}
     in_ppo = state.get("stage") == "ppo"
     pretrained_path = run_dir if in_ppo else args.pretrained
     pretrained = load_policy(pretrained_path, "pretrained.pt") if pretrained_path else None
+    if pretrained:
+        args = replace(args, **pretrained.spec["sizes"])
     sizes = {name: getattr(args, name) for name in ("d_model", "num_layers", "num_heads", "context_length")}
-    sizes = pretrained.spec["sizes"] if pretrained else sizes
-    check_context(args, sizes["context_length"])
+    check_text_args(args, world_size)
     device = start_device(args, world_size, auto="cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter() - state.get("seconds", 0)
     if rank == 0 and not args.resume:
@@ -504,24 +506,28 @@ def train(args: Args) -> dict[str, float | str]:
     spec = {"sizes": sizes, "prompt": args.prompt, "target": args.target, "response_length": args.response_length}
 
     def save_policy(name: str) -> None:
-        weights = {name: weight.cpu().clone() for name, weight in lm.state_dict().items()}
+        weights = {key: weight.cpu().clone() for key, weight in lm.state_dict().items()}
         write_atomically(run_dir / name, {"spec": spec, "weights": weights})
 
-    # What the model likes before PPO, and how much any policy can reach.
-    target = torch.tensor([encode(args.target + "E")], device=device)  # (1, L)
-    with torch.no_grad():
-        log_p_ref = chosen_log_probs(reference, prompt, target).sum().item()
-    summary = {"script": SCRIPT, "task": args.task, "seed": args.seed, "kl_floor": -log_p_ref}
-    summary["objective_optimum"] = optimal_objective(log_p_ref, args.reward, args.kl_beta)
+    # What the model likes before PPO, and how much any policy can reach. The probability of exactly the target is
+    # computed; that of longer completions which end in it is small, and estimated from samples.
+    summary = {"script": SCRIPT, "task": args.task, "seed": args.seed}
     if rank == 0:
         if not in_ppo:
             save_policy("pretrained.pt")
-        pretrained = load_policy(run_dir, "pretrained.pt")
-        texts_before, summary["pizza_rate_before"], _ = measure(pretrained, pretrained, args)
+        reference_policy = load_policy(run_dir, "pretrained.pt")
+        texts_before, summary["pizza_rate_before"], _ = measure(reference_policy, reference_policy, args)
+        target = torch.tensor([encode(args.target + "E")], device=device)  # (1, L)
+        with torch.no_grad():
+            log_p_target = chosen_log_probs(reference, prompt, target).sum().item()
+        p_longer = summary["pizza_rate_before"] - texts_before.count(args.target + "E") / len(texts_before)
+        log_p_ref = math.log(math.exp(log_p_target) + p_longer) if p_longer else log_p_target
+        optimum = optimal_objective(log_p_ref, args.reward, args.kl_beta)
+        summary |= {"kl_floor": -log_p_ref, "objective_optimum": optimum}
         print(f"before PPO: {first_of(texts_before)}")
         print(
-            f"p({args.target!r}) = {math.exp(log_p_ref):.3g} before PPO. To say nothing else costs a KL of "
-            f"{-log_p_ref:.2f}; the optimal objective is {summary['objective_optimum']:.3f}."
+            f"{args.target!r} has probability {math.exp(log_p_target):.3g} before PPO, longer completions ending in it "
+            f"{p_longer:.3g}: to say nothing else is a KL of {-log_p_ref:.2f}, and the optimal objective {optimum:.3f}"
         )
         if math.exp(log_p_ref) * args.episodes < 1:
             print(f"warning: {args.target!r} is too rare to be met in --episodes {args.episodes}", file=sys.stderr)
@@ -542,6 +548,8 @@ def train(args: Args) -> dict[str, float | str]:
         lm_optimizer.load_state_dict(state["optimizer"])
         critic_optimizer.load_state_dict(state["critic_optimizer"])
     log = MetricsLog(run_dir, iteration, global_step) if rank == 0 else None
+    if rank == 0 and not in_ppo:
+        log.events.add_text("completions/before", as_markdown(texts_before, args.prompt), 0)
     progress = tqdm(total=args.episodes, initial=global_step, unit="episode", disable=None if rank == 0 else True)
     ppo_start = time.perf_counter() - state.get("ppo_seconds", 0)
 
@@ -576,7 +584,7 @@ def train(args: Args) -> dict[str, float | str]:
         advantages = masked_gae(rewards, values, mask, args.gamma, args.gae_lambda)  # (B, L)
         rollout = log_probs, advantages, advantages + values
         batch = CompletionBatch(completions, mask, *(x[mask] for x in rollout))  # M tokens
-        charts = {
+        columns = {
             "pizza_rate": external > 0,
             "external_reward": external,
             "total_reward": rewards.sum(-1),
@@ -584,8 +592,8 @@ def train(args: Args) -> dict[str, float | str]:
             "response_length": mask.sum(-1),
             "kl_per_token": log_ratio_ref[mask],
         }
-        counts, means, _ = global_moments(list(charts.values()))
-        charts, num_tokens = dict(zip(charts, means.tolist())), counts[-1].item()
+        counts, means, _ = global_moments(list(columns.values()))
+        charts, num_tokens = dict(zip(columns, means.tolist())), counts[-1].item()
 
         # 3. Update: several steps on the whole batch.
         annealed = 1 - global_step / args.episodes if args.anneal_lr else 1.0
@@ -607,12 +615,12 @@ def train(args: Args) -> dict[str, float | str]:
         global_step += batch_size
 
         # 4. Metrics: of the batch, and of the losses the means over all steps of this iteration, over all ranks.
-        rows = {name: torch.cat([parts[name] for parts in all_parts]) for name in all_parts[0]}
-        log_ratio = rows.pop("log_ratio")
-        rows["old_approx_kl"], rows["approx_kl"] = kl_estimates(log_ratio)
-        rows["clipfrac"] = (log_ratio.exp() - 1).abs() > args.clip_coef
-        rows["policy_grad_norm"], rows["critic_grad_norm"] = torch.stack(grad_norms).view(-1, 2).T
-        losses = dict(zip(rows, global_moments(list(rows.values()))[1].tolist()))
+        columns = {name: torch.cat([parts[name] for parts in all_parts]) for name in all_parts[0]}
+        log_ratio = columns.pop("log_ratio")
+        columns["old_approx_kl"], columns["approx_kl"] = kl_estimates(log_ratio)
+        columns["clipfrac"] = (log_ratio.exp() - 1).abs() > args.clip_coef
+        columns["policy_grad_norm"], columns["critic_grad_norm"] = torch.stack(grad_norms).view(-1, 2).T
+        losses = dict(zip(columns, global_moments(list(columns.values()))[1].tolist()))
         finite = lm_parameters.isfinite().all() and critic_parameters.isfinite().all()
         if not (finite and np.isfinite([*charts.values(), *losses.values()]).all()):
             raise FloatingPointError(f"the loss of iteration {iteration} is not finite")
@@ -630,7 +638,7 @@ def train(args: Args) -> dict[str, float | str]:
             log.write(row)
             if global_step // 100 > (global_step - batch_size) // 100:
                 save_policy(f"policy_episode_{global_step}.pt")
-            text = f"pizza {charts['pizza_rate']:.0%}, KL {charts['kl_per_completion']:.2f}"
+            text = f"{args.target} {charts['pizza_rate']:.0%}, KL {charts['kl_per_completion']:.2f}"
             show_progress(progress, global_step, f"{text}, {global_step / seconds:.0f} episodes/s")
 
     # The policy is saved, and what was saved is measured.
@@ -642,22 +650,22 @@ def train(args: Args) -> dict[str, float | str]:
     save_checkpoint()
     save_policy("policy.pt")
     seconds = time.perf_counter() - start
-    texts, rate, kl = measure(load_policy(run_dir), pretrained, args)
-    for when, step, shown in (("before", 0, texts_before), ("after", global_step, texts)):
-        log.events.add_text(f"completions/{when}", "  \n".join(args.prompt + text for text in shown[:30]), step)
+    texts, rate, kl = measure(load_policy(run_dir), reference_policy, args)
+    log.events.add_text("completions/after", as_markdown(texts, args.prompt), global_step)
     log.close()
     draw_metrics(run_dir)
     draw_critic_values(run_dir, args.prompt, args.target, {"before": new_critic, "after": critic})
     objective = args.reward * rate - args.kl_beta * kl
     summary |= {"global_step": global_step, "seconds": seconds, "ppo_seconds": ppo_seconds}
     summary |= {"steps_per_second": global_step / ppo_seconds, "pizza_rate": rate, "kl_per_completion": kl}
-    summary |= {"objective": objective, "objective_share": objective / summary["objective_optimum"]}
+    share = objective / optimum if optimum else 0.0  # nothing to reach where the target is next to impossible
+    summary |= {"objective": objective, "objective_share": share}
     write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     low, high = wilson_interval(rate, args.eval_samples)
     print(f"after PPO: {first_of(texts)}")
     print(
         f"{args.task}: {summary['pizza_rate_before']:.1%} -> {rate:.1%} (95 % interval {low:.1%} to {high:.1%}), "
-        f"KL {kl:.2f} (floor {-log_p_ref:.2f}), objective {objective:.3f} ({summary['objective_share']:.1%} of the "
+        f"KL {kl:.2f} (floor {-log_p_ref:.2f}), objective {objective:.3f} ({share:.1%} of the "
         f"optimum) after {global_step} episodes in {ppo_seconds:.1f} of {seconds:.1f} s; saved in {run_dir}"
     )
     return summary
@@ -721,6 +729,11 @@ def first_of(texts: list[str]) -> str:
     return ", ".join(texts[:10]) + ", ..."
 
 
+def as_markdown(texts: list[str], prompt: str) -> str:
+    """The prompt with each of the first completions in a line of its own, for TensorBoard."""
+    return "  \n".join(prompt + text for text in texts[:30])
+
+
 def wilson_interval(rate: float, count: int) -> tuple[float, float]:
     """95 % confidence interval of a probability, from the rate seen in count trials (Wilson 1927)."""
     z = 1.96
@@ -732,6 +745,7 @@ def wilson_interval(rate: float, count: int) -> tuple[float, float]:
 def play(args: Args) -> None:
     """Prints completions of the saved policy args.play, and how many of eval_samples end in its target."""
     check_args(args, world_size=1)
+    torch.set_num_threads(args.torch_threads)
     policy = load_policy(args.play)
     texts = policy.complete(args.eval_samples, np.random.default_rng(args.seed))
     for text in texts[:20]:
@@ -750,11 +764,15 @@ LIBRARIES = ("torch", "numpy")  # whose versions config.json tells
 LIMITS = {
     "at least 1": (
         "episodes batch_size response_length update_epochs num_sentences pretrain_steps pretrain_batch_size"
-        " d_model num_layers num_heads context_length eval_samples checkpoint_interval",
+        " d_model num_layers num_heads context_length checkpoint_interval",
         lambda x: x >= 1,
     ),
+    "between 1 and 100,000": ("eval_samples", lambda x: 1 <= x <= 100_000),
     "between 1 and 1024": ("torch_threads", lambda x: 1 <= x <= 1024),
-    "above 0": ("reward learning_rate clip_coef max_grad_norm pretrain_learning_rate", lambda x: 0 < x < math.inf),
+    "above 0": (
+        "reward learning_rate critic_learning_rate clip_coef max_grad_norm pretrain_learning_rate",
+        lambda x: 0 < x < math.inf,
+    ),
     "between 0 and 2**32 - 1": ("seed kl_beta", lambda x: 0 <= x < 2**32),
     "between 0 and 1": ("gamma gae_lambda", lambda x: 0 <= x <= 1),
 }
@@ -799,16 +817,12 @@ def check_text_args(args: Args, world_size: int) -> None:
     for name in ("batch_size", "episodes", "pretrain_batch_size"):
         if getattr(args, name) % world_size:
             raise UserError(f"--{name.replace('_', '-')} must be a multiple of the {world_size} processes")
-
-
-def check_context(args: Args, context_length: int) -> None:
-    """Raises UserError where a model with this context cannot read all texts."""
-    texts = {"--prompt and --response-length": len(f"P{args.prompt}") + args.response_length - 1}
+    lengths = {"--prompt and --response-length": len(f"P{args.prompt}") + args.response_length - 1}
     if not args.pretrained:
-        texts["sentences"] = len(f"P{max(NAMES, key=len)} likes {max(FOODS, key=len)}")
-    for what, length in texts.items():
-        if length > context_length:
-            raise UserError(f"{what} need a --context-length of {length}, and the model has {context_length}")
+        lengths["sentences"] = len(f"P{max(NAMES, key=len)} likes {max(FOODS, key=len)}")
+    for what, length in lengths.items():
+        if length > args.context_length:
+            raise UserError(f"{what} need a --context-length of {length}, and the model has {args.context_length}")
 
 
 def start_device(args: Args, world_size: int, auto: str) -> torch.device:
@@ -894,7 +908,7 @@ def write_atomically(path: Path, content: dict | str) -> None:
 def load_saved(path: Path) -> dict:
     """The dict that write_atomically wrote. Raises UserError for a missing, broken or foreign file."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give a run directory of {SCRIPT}.py or a file in one")
+        raise UserError(f"{path} does not exist: give a run of {SCRIPT}.py that has come so far, or a file in one")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         found = saved["script"], saved["format"]
@@ -962,9 +976,11 @@ def draw_metrics(run_dir: Path) -> None:
 
 
 def draw_critic_values(run_dir: Path, prompt: str, target: str, critics: dict[str, Transformer]) -> None:
-    """Draws each critic's values along the prompt and the target, and along another food, as critic_values.png. The
-    value at a character is the return to expect once it stands there."""
-    texts = [f"P{prompt}{food[:-1]}" for food in ("pizza" if target == "salad" else "salad", target)]
+    """Draws each critic's values along the prompt and the target, and along another food, as critic_values.png. From
+    the last character of the prompt on, a value is the return to expect; before that, nothing has trained it."""
+    context_length = len(critics["after"].positions.weight)
+    foods = "pizza" if target == "salad" else "salad", target
+    texts = [f"P{prompt}{food[:-1]}"[:context_length] for food in foods]
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for (when, critic), style in zip(critics.items(), ("--", "-")):
@@ -1029,7 +1045,7 @@ def saved_args(run_dir: str) -> Args:
 
 
 def stop(signum: int, frame: object) -> None:
-    """Ctrl-C and SIGTERM end the main process; forked workers of async environments end with it, quietly."""
+    """Ctrl-C and SIGTERM end the main process; forked workers, if there are any, end with it, quietly."""
     if parent_process() is None:
         raise KeyboardInterrupt
     if signum == signal.SIGTERM:

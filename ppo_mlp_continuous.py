@@ -936,7 +936,7 @@ def write_atomically(path: Path, content: dict | str) -> None:
 def load_saved(path: Path) -> dict:
     """The dict that write_atomically wrote. Raises UserError for a missing, broken or foreign file."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give a run directory of {SCRIPT}.py or a file in one")
+        raise UserError(f"{path} does not exist: give a run of {SCRIPT}.py that has come so far, or a file in one")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         found = saved["script"], saved["format"]
@@ -1042,7 +1042,7 @@ def saved_args(run_dir: str) -> Args:
 
 
 def stop(signum: int, frame: object) -> None:
-    """Ctrl-C and SIGTERM end the main process; forked workers of async environments end with it, quietly."""
+    """Ctrl-C and SIGTERM end the main process; forked workers, if there are any, end with it, quietly."""
     if parent_process() is None:
         raise KeyboardInterrupt
     if signum == signal.SIGTERM:

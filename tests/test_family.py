@@ -116,6 +116,13 @@ def test_help_documents_every_flag(script, monkeypatch, capsys):
 
 
 @every_script
+def test_every_number_has_a_limit(script):
+    module = importlib.import_module(script.stem)
+    numbers = {f.name for f in dataclasses.fields(module.Args) if f.type in (int, float, int | None, float | None)}
+    assert numbers == {name for names, _ in module.LIMITS.values() for name in names.split()}
+
+
+@every_script
 def test_import_has_no_effect(script, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script.stem}"
     command = [sys.executable, "-B", "-c", code]
