@@ -393,7 +393,8 @@ def optimal_objective(log_p: float, reward: float, kl_beta: float) -> float:
     2019, §2.1)."""
     if kl_beta == 0:
         return reward
-    log_rest = math.log1p(-math.exp(log_p)) if log_p < 0 else -math.inf
+    rest = -math.expm1(log_p)  # probability of earning nothing
+    log_rest = math.log(rest) if rest > 0 else -math.inf
     return kl_beta * np.logaddexp(log_p + reward / kl_beta, log_rest).item()
 
 
