@@ -478,8 +478,8 @@ def train(args: Args) -> dict[str, float | str]:
     run_dir = Path(args.resume or args.run_dir or default_run_dir(args))
     state = load_saved(run_dir / "checkpoint.pt") if args.resume else {}
     in_ppo = state.get("stage") == "ppo"
-    pretrained_path = run_dir if in_ppo else args.pretrained
-    pretrained = load_policy(pretrained_path, "pretrained.pt") if pretrained_path else None
+    given = run_dir if in_ppo else Path(args.pretrained) if args.pretrained else None
+    pretrained = load_policy(given / "pretrained.pt" if given.is_dir() else given) if given else None
     if pretrained:
         args = replace(args, **pretrained.spec["sizes"])
     sizes = {name: getattr(args, name) for name in ("d_model", "num_layers", "num_heads", "context_length")}
@@ -510,25 +510,20 @@ def train(args: Args) -> dict[str, float | str]:
         weights = {key: weight.cpu().clone() for key, weight in lm.state_dict().items()}
         write_atomically(run_dir / name, {"spec": spec, "weights": weights})
 
-    # What the model likes before PPO, and how much any policy can reach. The probability of exactly the target is
-    # computed; that of longer completions which end in it is small, and estimated from samples.
+    # What the model likes before PPO, and how much any policy can reach.
     summary = {"script": SCRIPT, "task": args.task, "seed": args.seed}
     if rank == 0:
         if not in_ppo:
             save_policy("pretrained.pt")
-        reference_policy = load_policy(run_dir, "pretrained.pt")
+        reference_policy = load_policy(run_dir / "pretrained.pt")
         texts_before, summary["pizza_rate_before"], _ = measure(reference_policy, reference_policy, args)
-        target = torch.tensor([encode(args.target + "E")], device=device)  # (1, L)
-        with torch.no_grad():
-            log_p_target = chosen_log_probs(reference, prompt, target).sum().item()
-        p_longer = summary["pizza_rate_before"] - texts_before.count(args.target + "E") / len(texts_before)
-        log_p_ref = math.log(math.exp(log_p_target) + p_longer) if p_longer else log_p_target
+        log_p_target, log_p_ref = target_log_probs(reference_policy, args.target, texts_before)
         optimum = optimal_objective(log_p_ref, args.reward, args.kl_beta)
         summary |= {"kl_floor": -log_p_ref, "objective_optimum": optimum}
         print(f"before PPO: {first_of(texts_before)}")
         print(
-            f"{args.target!r} has probability {math.exp(log_p_target):.3g} before PPO, longer completions ending in it "
-            f"{p_longer:.3g}: to say nothing else is a KL of {-log_p_ref:.2f}, and the optimal objective {optimum:.3f}"
+            f"{args.target!r} has probability {math.exp(log_p_target):.3g} before PPO, all completions ending in it "
+            f"{math.exp(log_p_ref):.3g}: the KL floor is {-log_p_ref:.2f}, the optimal objective {optimum:.3f}"
         )
         if math.exp(log_p_ref) * args.episodes < 1:
             print(f"warning: {args.target!r} is too rare to be met in --episodes {args.episodes}", file=sys.stderr)
@@ -695,21 +690,29 @@ class Policy:
         return [decode(tokens) for tokens in self.sample(count, rng).tolist()]
 
 
-def load_policy(path: str | Path, name: str = "policy.pt") -> Policy:
-    """The policy in a .pt file, or in the file of this name in a run directory.
-
-    `policy.complete(count, rng)` gives texts; `policy.spec` tells prompt and target. Raises UserError."""
+def load_policy(path: str | Path) -> Policy:
+    """The policy in a policy.pt file, or in the run directory that holds one. Raises UserError."""
     path = Path(path)
-    path = path / name if path.is_dir() else path
+    path = path / "policy.pt" if path.is_dir() else path
     saved = load_saved(path)
     if "weights" not in saved:
-        raise UserError(f"{path} is a checkpoint: give the {name} beside it")
+        raise UserError(f"{path} is a checkpoint: give the policy.pt beside it")
     return Policy(saved["spec"], saved["weights"])
 
 
 def pizza_rate(texts: list[str], target: str) -> float:
     """Share of completions that end in the target."""
     return sum(external_reward(text, target, 1.0) for text in texts) / len(texts)
+
+
+def target_log_probs(policy: Policy, target: str, texts: list[str]) -> tuple[float, float]:
+    """Log-probs of saying the target and nothing else, which is exact, and of saying anything that ends in it: longer
+    completions are rare, and their share is that among the policy's sampled texts."""
+    tokens = torch.tensor([encode(target + "E")])  # (1, L)
+    with torch.no_grad():
+        log_p = chosen_log_probs(policy.lm, policy.prompt, tokens).sum().item()
+    longer = sum(text.endswith(target + "E") and text != target + "E" for text in texts) / len(texts)
+    return log_p, math.log(math.exp(log_p) + longer) if longer else log_p
 
 
 def measure(policy: Policy, reference: Policy, args: Args) -> tuple[list[str], float, float]:

@@ -682,9 +682,7 @@ def train(args: Args) -> dict[str, float | str]:
 
 
 def load_policy(path: str | Path) -> Policy:
-    """The policy in a policy.pt file, or in the run directory that holds one.
-
-    `policy.act(obs)` turns flat observations into actions; `policy.spec["env_id"]` names the task. Raises UserError."""
+    """The policy in a policy.pt file, or in the run directory that holds one. Raises UserError."""
     path = Path(path)
     path = path / "policy.pt" if path.is_dir() else path
     saved = load_saved(path)

@@ -17,16 +17,15 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("ppo_*.py"))
 every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-OWN = {"Args", "Policy", "train"}  # what each script has in a form of its own: its flags, its policy, its loop
-AT_WORK = {"load_policy", "play"}  # differ between control tasks and texts
+OWN = {"Args", "Policy", "train", "play"}  # what each script has in a form of its own: flags, policy, loop, use
 
 
-def drifted(sources, own=OWN | AT_WORK):
-    """Names of functions and classes that stand in several of the sources {file: text} but differ, own ones aside."""
+def drifted(sources):
+    """Names of functions and classes that stand in several of the sources {file: text} but differ."""
     versions = {}
     for text in sources.values():
         for node in ast.parse(text).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in own:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in OWN:
                 versions.setdefault(node.name, set()).add(ast.get_source_segment(text, node))
     return sorted(name for name, texts in versions.items() if len(texts) > 1)
 
@@ -51,9 +50,7 @@ def readme_commands():
 
 
 def test_same_name_means_same_code():
-    sources = {path.name: path.read_text() for path in SCRIPTS}
-    assert drifted(sources) == []
-    assert drifted({name: text for name, text in sources.items() if "_mlp_" in name}, OWN) == []
+    assert drifted({path.name: path.read_text() for path in SCRIPTS}) == []
 
 
 def test_drift_is_noticed():
