@@ -422,9 +422,9 @@ def shuffled_minibatches(batch: NamedTuple, args: Args) -> Iterator[tuple[NamedT
 
 
 def flatten_parameters(*modules: nn.Module) -> nn.Parameter:
-    """Moves the parameters of all modules into one vector (P,) and their gradients into its .grad: each parameter
-    becomes a view. Clipping, Adam and the all-reduce then are one operation each instead of one per parameter."""
-    parameters = [p for module in modules for p in module.parameters()]
+    """Moves the trained parameters of all modules into one vector (P,) and their gradients into its .grad: each
+    parameter becomes a view. Clipping, Adam and the all-reduce then are one operation instead of one per parameter."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     sizes = [p.numel() for p in parameters]
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
     flat.grad = torch.zeros_like(flat)

@@ -3,6 +3,7 @@
     pip install -r requirements.txt -r benchmarks/requirements-peers.txt
     python benchmarks/speed.py discrete
     python benchmarks/speed.py continuous
+    python benchmarks/speed.py llm
 
 Prints medians and ranges, and writes them with the machine's name to benchmarks/results/speed/<suite>.json.
 """
@@ -88,18 +89,104 @@ seconds = time.perf_counter() - start
 print(json.dumps({{"global_step": model.num_timesteps, "seconds": seconds, "mean_return": solved.mean,
                    "steps_per_second": model.num_timesteps / seconds}}))
 """
+# A policy of Qwen2-0.5B's size, as ppo_llm_policy.py makes it and as document 000 writes it: a whole causal LM, dropout
+# in the adapters, all hidden states. Encoder, head, loss and optimiser are the same. Prints seconds of forward passes
+# and of updates, the peak memory, and the steps/s of a training run where there is a GPU.
+LLM_PROGRAM = """
+import json, resource, tempfile, time, warnings
+import peft, torch, transformers
+import ppo_llm_policy as ppo
+
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+class DocumentsNetwork(ppo.LLMNetwork):
+    def outputs(self, states, mask):
+        tokens = self.encoder(states).to(self.body.dtype)
+        llm_outputs = self.body(inputs_embeds=tokens, output_hidden_states=True)
+        return self.head(llm_outputs.hidden_states[-1][:, -1, :].float())
+
+def documents_network(args, spec, device):
+    config = transformers.AutoConfig.for_model("qwen2", **ppo.RANDOM_BODIES[args.llm_id], tie_word_embeddings=True)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    llm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    with warnings.catch_warnings(action="ignore"):
+        llm = peft.get_peft_model(llm, peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets, lora_dropout=0.05))
+    return DocumentsNetwork(spec, llm)
+
+if "{side}" == "document":
+    ppo.make_network = documents_network
+    ppo.check_ratio = lambda log_ratio, args: "dropout is on in the update"
+    ppo.save_policy = ppo.draw_returns = lambda *a: None
+args = ppo.Args(llm_id="{llm_id}", seed={seed}, eval_episodes=0)
+spec = {{"env_id": "CartPole-v1", "obs_dim": 4, "observe": [0, 1, 2, 3], "history": 1, "n": 2}}
+ppo.start_device(args, 1, device.type)
+torch.manual_seed(args.seed)
+policy = ppo.StochasticPolicy(ppo.make_network(args, spec, device)).to(device)
+critic = ppo.mlp(4, 1, 1.0).to(device)
+parameters = ppo.flatten_parameters(policy, critic)
+optimizer = torch.optim.Adam([parameters], lr=1e-4, fused=True)
+
+def batch_of(rows):
+    states, mask = torch.randn(rows, 1, 4, device=device), torch.ones(rows, 1, dtype=torch.bool, device=device)
+    vectors = torch.zeros(4, rows, device=device)
+    return ppo.Batch(states, mask, torch.zeros(rows, dtype=torch.long, device=device), *vectors)
+
+def forward(batch):
+    policy.eval()
+    with torch.no_grad():
+        policy.get_action(batch.states)
+
+def update(batch):
+    policy.train()
+    parameters.grad.zero_()
+    loss, _ = ppo.policy_ppo_loss(policy, critic, batch, len(batch.states), args)
+    loss.backward()
+    parameters.grad.mul_((0.5 / (parameters.grad.norm() + 1e-6)).clamp(max=1))
+    optimizer.step()
+
+def seconds(work, rows, repeats):
+    batch, times = batch_of(rows), []
+    for _ in range(repeats + 2):  # the first two warm up
+        start = time.perf_counter()
+        work(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times[2:]
+
+states, rows = (256, 512) if device.type == "cuda" else (8, 64)
+figures = {{"states": states, "rows": rows}}
+figures |= {{"forward": seconds(forward, states, 15), "update": seconds(update, rows, 6)}}
+layers = [p for n, p in policy.network.body.named_parameters() if ".layers." in n and "lora_" not in n]
+figures["body_parameters"] = sum(p.numel() for p in layers)
+if device.type == "cuda":
+    figures["peak_memory"] = torch.cuda.max_memory_allocated()
+    args = ppo.Args(llm_id="{llm_id}", seed={seed}, eval_episodes=0, num_envs=256, num_steps=16, num_minibatches=8,
+                    update_epochs=4, total_timesteps=20_000, run_dir=tempfile.mkdtemp() + "/run")
+    del policy, parameters, optimizer
+    figures["steps_per_second"] = ppo.train(args)["steps_per_second"]
+    figures["update_epochs"] = args.update_epochs
+else:
+    figures["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print()
+print(json.dumps(figures))
+"""
+PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense FLOP/s, from their data sheets
 
 
 @dataclass
 class Args:
     """Speed of our scripts beside their peers."""
 
-    suite: tyro.conf.Positional[Literal["discrete", "continuous"]]
+    suite: tyro.conf.Positional[Literal["discrete", "continuous", "llm"]]
     """what to measure"""
     pairs: int = 5
     """runs of each side, in turn"""
     steps: int | None = None
     """environment steps per run of the throughput comparison; default 100,000 (discrete), 20,480 (continuous)"""
+    llm_id: Literal["qwen2-0.5b-random", "tiny-random"] = "qwen2-0.5b-random"
+    """llm: size of the body"""
 
 
 def run(command: list[str]) -> tuple[float, str]:
@@ -231,22 +318,64 @@ def continuous(args: Args) -> dict:
     return {"same_work": same_work, "steps_per_second_by_envs": throughput}
 
 
+def llm(args: Args) -> dict:
+    """A language model as policy: forward pass, update and peak memory of ours and of the document's construct."""
+    bar = tqdm(total=2 * args.pairs, unit="run")
+    sides = {"ours": [], "document": []}
+    for seed in range(1, args.pairs + 1):
+        for side, results in sides.items():
+            _, output = run([sys.executable, "-c", LLM_PROGRAM.format(side=side, llm_id=args.llm_id, seed=seed)])
+            results.append(json.loads(output.splitlines()[-1]))
+            bar.update()
+    bar.close()
+
+    first = sides["ours"][0]
+    work = {"forward": f"forward of {first['states']} states", "update": f"update of {first['rows']} states"}
+    figures = {"llm_id": args.llm_id, "sides": sides, "ratios": {}}
+    print(f"\n{args.llm_id} with LoRA as the policy of CartPole-v1, every run a process of its own")
+    for name, text in work.items():
+        times = {side: [1000 * statistics.median(r[name]) for r in results] for side, results in sides.items()}
+        ratios = figures["ratios"][name] = [b / a for a, b in zip(*times.values())]
+        for side, values in times.items():
+            print(f"  {text:24} {side:10} {spread(values, 1)} ms")
+        pairs = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"  {'':24} ratio pair by pair {pairs}; median {statistics.median(ratios):.2f}")
+    for side, results in sides.items():
+        print(f"  peak memory              {side:10} {spread([r['peak_memory'] / 1e9 for r in results], 2)} GB")
+    if "steps_per_second" in first:
+        from ppo_llm_policy import machine
+
+        for side, results in sides.items():
+            rates = [r["steps_per_second"] for r in results]
+            print(f"  training, 256 environments, bf16  {side:10} {spread(rates)} steps/s")
+        # Of a state: one pass to act, one to score, and in each epoch one forward and one backward, which is as much
+        # because the body is frozen; two operations per weight and pass.
+        passes = 2 + 2 * first["update_epochs"]
+        flops = 2 * first["body_parameters"] * passes * statistics.median(r["steps_per_second"] for r in sides["ours"])
+        peak = next((value for name, value in PEAK_BF16.items() if name in machine()), None)
+        share = f", {100 * flops / peak:.1f} % of the GPU's peak" if peak else ""
+        print(f"  body's arithmetic in our training: {flops / 1e12:.1f} TFLOP/s{share}")
+        figures |= {"flops": flops, "peak_flops": peak}
+    return figures
+
+
 def main() -> None:
     """Runs a suite, prints it and writes it down."""
     args = tyro.cli(Args)
     if args.pairs < 1 or (args.steps or 2048) < 2048:
         print("error: --pairs must be at least 1 and --steps at least 2048", file=sys.stderr)
         sys.exit(2)
-    if find_spec("stable_baselines3") is None:
+    if args.suite != "llm" and find_spec("stable_baselines3") is None:
         print("error: stable-baselines3 is missing: pip install -r benchmarks/requirements-peers.txt", file=sys.stderr)
         sys.exit(2)
     sys.path.insert(0, str(ROOT))
     from ppo_mlp_discrete import machine
 
-    figures = {"discrete": discrete, "continuous": continuous}[args.suite](args)
-    packages = ("torch", "numpy", "gymnasium", "mujoco", "envpool", "stable_baselines3")
+    figures = {"discrete": discrete, "continuous": continuous, "llm": llm}[args.suite](args)
+    packages = ("torch", "transformers", "peft", "numpy", "gymnasium", "mujoco", "envpool", "stable_baselines3")
     versions = {name: version(name) for name in packages if find_spec(name)}
-    path = ROOT / "benchmarks/results/speed" / f"{args.suite}.json"
+    device = "_cuda" if "steps_per_second" in figures.get("sides", {"ours": [{}]})["ours"][0] else ""
+    path = ROOT / "benchmarks/results/speed" / f"{args.suite}{device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "versions": versions} | figures, indent=2) + "\n")
     print(f"on {machine()}; written to {path.relative_to(ROOT)}")
