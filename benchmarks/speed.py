@@ -97,7 +97,7 @@ import json, resource, tempfile, time, warnings
 import peft, torch, transformers
 import ppo_llm_policy as ppo
 
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
 class DocumentsNetwork(ppo.LLMNetwork):
     def outputs(self, states, mask):
@@ -105,9 +105,8 @@ class DocumentsNetwork(ppo.LLMNetwork):
         llm_outputs = self.body(inputs_embeds=tokens, output_hidden_states=True)
         return self.head(llm_outputs.hidden_states[-1][:, -1, :].float())
 
-def documents_network(args, spec, device):
+def documents_network(args, spec, dtype):
     config = transformers.AutoConfig.for_model("qwen2", **ppo.RANDOM_BODIES[args.llm_id], tie_word_embeddings=True)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     llm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     with warnings.catch_warnings(action="ignore"):
@@ -116,13 +115,13 @@ def documents_network(args, spec, device):
 
 if "{side}" == "document":
     ppo.make_network = documents_network
-    ppo.check_ratio = lambda log_ratio, args: "dropout is on in the update"
+    ppo.check_ratio = lambda log_ratio, dtype: "dropout is on in the update"
     ppo.save_policy = ppo.draw_returns = lambda *a: None
 args = ppo.Args(llm_id="{llm_id}", seed={seed}, eval_episodes=0)
 spec = {{"env_id": "CartPole-v1", "obs_dim": 4, "observe": [0, 1, 2, 3], "history": 1, "n": 2}}
-ppo.start_device(args, 1, device.type)
+ppo.start_device(args, 1, device)
 torch.manual_seed(args.seed)
-policy = ppo.StochasticPolicy(ppo.make_network(args, spec, device)).to(device)
+policy = ppo.StochasticPolicy(ppo.make_network(args, spec, dtype)).to(device)
 critic = ppo.mlp(4, 1, 1.0).to(device)
 parameters = ppo.flatten_parameters(policy, critic)
 optimizer = torch.optim.Adam([parameters], lr=1e-4, fused=True)
@@ -150,17 +149,17 @@ def seconds(work, rows, repeats):
     for _ in range(repeats + 2):  # the first two warm up
         start = time.perf_counter()
         work(batch)
-        if device.type == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return times[2:]
 
-states, rows = (256, 512) if device.type == "cuda" else (8, 64)
+states, rows = (256, 512) if device == "cuda" else (8, 64)
 figures = {{"states": states, "rows": rows}}
 figures |= {{"forward": seconds(forward, states, 15), "update": seconds(update, rows, 6)}}
 layers = [p for n, p in policy.network.body.named_parameters() if ".layers." in n and "lora_" not in n]
 figures["body_parameters"] = sum(p.numel() for p in layers)
-if device.type == "cuda":
+if device == "cuda":
     figures["peak_memory"] = torch.cuda.max_memory_allocated()
     args = ppo.Args(llm_id="{llm_id}", seed={seed}, eval_episodes=0, num_envs=256, num_steps=16, num_minibatches=8,
                     update_epochs=4, total_timesteps=20_000, run_dir=tempfile.mkdtemp() + "/run")

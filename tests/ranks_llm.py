@@ -30,7 +30,7 @@ def make_networks():
     """Policy and value function, the same on all ranks."""
     spec = {"obs_dim": 4, "observe": [0, 1, 2, 3], "history": 2, "n": 2}
     torch.manual_seed(0)
-    return ppo.StochasticPolicy(ppo.make_network(ARGS, spec, torch.device("cpu"))), ppo.mlp(8, 1, 1.0)
+    return ppo.StochasticPolicy(ppo.make_network(ARGS, spec, torch.float32)), ppo.mlp(8, 1, 1.0)
 
 
 def main():

@@ -1,7 +1,7 @@
 """Tests of ppo_llm_policy.py: the policy and its networks beside the document's construct and an independent formula,
 the window of observations, the saved folder, probe environments, and real runs that are killed, resumed and spread.
-What this script has in common with its siblings word for word (test_family.py keeps it so) is tested there: GAE, clipped
-and value loss, minibatches, episode statistics, the files of a run."""
+What this script has in common with its siblings word for word (test_family.py keeps it so) is tested there: GAE,
+clipped and value loss, minibatches, episode statistics, the files of a run."""
 
 import copy
 import json
@@ -40,7 +40,8 @@ import ppo_llm_policy as ppo
 from ppo_llm_policy import Args, Batch
 
 SMALL = {"num_envs": 4, "num_steps": 16, "eval_episodes": 0, "update_epochs": 2, "num_minibatches": 2}
-CPU = torch.device("cpu")
+SMALL |= {"torch_threads": 1}
+DTYPES = {"auto": torch.float32, "bfloat16": torch.bfloat16}
 DISCRETE = {"n": 3, "start": 0, "action_shape": [], "dtype": "int64"}
 BOX = {"low": [-2.0, 0.0], "high": [2.0, 1.0], "action_shape": [2], "dtype": "float32"}
 QWEN2 = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -48,7 +49,9 @@ QWEN2 |= {"num_key_value_heads": 2, "vocab_size": 40, "initializer_range": 0.3}
 ARCHITECTURES = {
     "qwen2": transformers.Qwen2Config(**QWEN2),
     "llama": transformers.LlamaConfig(**QWEN2),
-    "gpt2": transformers.GPT2Config(40, n_positions=12, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3),
+    "gpt2": transformers.GPT2Config(
+        vocab_size=40, n_positions=12, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3
+    ),
 }
 every_architecture = pytest.mark.parametrize("kind", ARCHITECTURES)
 
@@ -72,7 +75,7 @@ def make_policy(history=1, actions=DISCRETE, seed=0, **args):
     """A policy whose adapters are not zero, as after some training."""
     args = Args(history=history, **args)
     torch.manual_seed(seed)
-    network = ppo.make_network(args, spec_of(history, actions), CPU)
+    network = ppo.make_network(args, spec_of(history, actions), DTYPES[args.dtype])
     for name, parameter in network.named_parameters():
         if "lora_B" in name or name.startswith("head.2"):
             torch.nn.init.normal_(parameter, std=0.2)
@@ -142,7 +145,8 @@ def test_adapters_are_where_the_document_puts_them():
     network = make_policy().network
     config = network.body.peft_config["default"]
     names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert set(config.target_modules) == names
+    assert {target.rsplit(".")[-1] for target in config.target_modules} == names
+    assert len(config.target_modules) == 2 * len(names)  # in each of two layers
     assert (config.r, config.lora_alpha) == (16, 32)
     chosen = make_policy(lora_target_modules=["v_proj"], lora_rank=3).network
     adapted = [name for name, _ in chosen.named_parameters() if "lora_A" in name]
@@ -174,9 +178,9 @@ def test_queries_and_keys_learn_only_from_several_observations(history):
         if "lora_" in name:
             layer = re.search(r"(\w)_proj", name)[1]
             largest[layer] = max(largest.get(layer, 0), p.grad.abs().max().item())
-    assert largest["v"] > 1e-4
+    assert largest["v"] > 1e-4  # not the point where nothing is learned
     for layer in "qk":
-        assert largest[layer] < 1e-9 if history == 1 else largest[layer] > 1e-6
+        assert largest[layer] < 1e-6 * largest["v"] if history == 1 else largest[layer] > 1e-3 * largest["v"]
 
 
 @every_architecture
@@ -249,7 +253,7 @@ def test_policy_samples_and_scores_its_distribution(network, history):
     assert greedy.tolist() == probabilities.argmax(1).tolist()
     np.testing.assert_allclose(scores.exp(), probabilities.max(1), rtol=1e-5)
     counts = torch.bincount(many, minlength=3)
-    assert stats.chisquare(counts, 20_000 * probabilities[0].astype(float) / probabilities[0].sum()).pvalue > 1e-3
+    assert stats.chisquare(counts, 20_000 * logits[0].double().softmax(-1).numpy()).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("network", ["llm", "mlp"])
@@ -278,7 +282,7 @@ def test_gaussian_policy_samples_and_scores_its_distribution(network):
 def test_reinforce_trains_the_same_policy(network, actions):
     """The policy needs nothing of PPO: twenty lines of another algorithm teach it to answer the sign of its state."""
     torch.manual_seed(0)
-    policy = ppo.StochasticPolicy(ppo.make_network(Args(network=network), spec_of(1, actions), CPU))
+    policy = ppo.StochasticPolicy(ppo.make_network(Args(network=network), spec_of(1, actions), torch.float32))
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=3e-3)
 
     def reward_of(states, chosen):
@@ -384,7 +388,7 @@ def test_loss_and_gradient(actions, clip_vloss):
         for total, gradient in zip(summed, torch.autograd.grad(loss, parameters)):
             total += gradient
     for whole, gradient in zip(gradients[0], summed):
-        torch.testing.assert_close(whole, gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(whole, gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_micro_batches_change_nothing_but_memory(tmp_path, monkeypatch):
@@ -438,7 +442,8 @@ def test_a_ratio_that_is_not_one_stops_the_run(tmp_path, monkeypatch, capsys):
         return log_probs + 0.01 * self.training, entropy
 
     monkeypatch.setattr(ppo.StochasticPolicy, "evaluate_actions", unsteady)
-    code, lines = run_main(ppo, monkeypatch, capsys, "--run-dir", tmp_path / "run", *flags(SMALL))
+    argv = ["--run-dir", tmp_path / "run", "--total-timesteps", 64, *flags(SMALL)]
+    code, lines = run_main(ppo, monkeypatch, capsys, *argv)
     assert code == 1
     assert re.match(r"error: ratio - 1 before the first step is up to 1.0e-02.*checkpoint.pt", lines[-1])
     args = Args(run_dir=str(tmp_path / "b"), total_timesteps=64, lora_dropout_in_update=True, **SMALL)
@@ -525,11 +530,9 @@ def test_probe_best_action_between_asymmetric_bounds(tmp_path, network):
     assert greedy_return(run_dir) > -0.05
 
 
-@pytest.mark.parametrize("name", ["Edge", "Open", "Whole"])
-def test_probe_bounds(tmp_path, name):
-    """At a bound, without bounds, and whole numbers; the probes check that the actions are in their space."""
-    best = {"Edge": 2.0, "Open": 0.0, "Whole": 0.0}[name]
-    assert greedy_return(train_probe(tmp_path, name, total_timesteps=8000)) > best - 0.35
+def test_probe_without_bounds(tmp_path):
+    """The probe checks that the actions are in its space."""
+    assert greedy_return(train_probe(tmp_path, "Open", total_timesteps=6000, update_epochs=4)) > -0.35
 
 
 def test_probe_endless_task_cut_by_truncation(tmp_path):
@@ -542,11 +545,28 @@ def test_probe_endless_task_cut_by_truncation(tmp_path):
     assert critic(torch.zeros(1, 1)).item() == pytest.approx(10, rel=0.1)
 
 
-def test_the_unclipped_action_is_scored_and_the_clipped_one_executed():
-    spec = spec_of(1, BOX)
+def test_actions_as_the_environment_takes_them():
+    """In units of half the range around the centre, within the bounds, of the space's type; and what is scored stays
+    as it is."""
     raw = np.array([[0.5, -0.5], [3.0, -9.0]], np.float32)
-    np.testing.assert_allclose(ppo.to_env(raw, spec), [[1, 0.25], [2, 0]])
+    np.testing.assert_allclose(ppo.to_env(raw, spec_of(1, BOX)), [[1, 0.25], [2, 0]])
     assert raw[1].tolist() == [3, -9]
+
+    def executed(name, *numbers):
+        env = gym.make(f"probe_envs:{name}-v0")
+        envs = gym.make_vec(f"probe_envs:{name}-v0", 1)
+        actions = ppo.to_env(np.array([numbers]), ppo.task_spec(Args(), envs))
+        assert env.action_space.contains(actions[0])
+        return actions[0].ravel().tolist()
+
+    assert executed("Edge", 1.5) == [2]
+    assert executed("Edge", 0.5) == [0]
+    assert executed("Whole", 0.0) == [4]  # half way between 4 and 5, to even
+    assert executed("Whole", 0.56) == [7]
+    assert executed("Open", 1.5, -70, -3) == [1.5, -70, 5]
+    assert executed("Far", 0, 0, 0, 9) == [0.5, 12, -6, 300]
+    bandit = gym.make_vec("probe_envs:Bandit-v0", 1)
+    assert ppo.to_env(np.array([0, 3]), ppo.task_spec(Args(), bandit)).tolist() == [5, 8]
 
 
 def test_observed_components_are_all_that_is_seen(tmp_path):
@@ -751,7 +771,7 @@ def test_same_seed_same_run(tmp_path):
 def test_killed_and_resumed_equals_never_stopped(tmp_path):
     """SIGKILL, then SIGTERM in the resumed run, then the command that it prints."""
     args = SMALL | {"total_timesteps": 4000, "checkpoint_interval": 10, "history": 2}
-    process = start(ppo, "--run-dir", tmp_path / "cut", *flags(args), "--torch-threads", 1)
+    process = start(ppo, "--run-dir", tmp_path / "cut", *flags(args))
     wait_for_rows(tmp_path / "cut", 13, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -767,7 +787,7 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path):
     assert load_checkpoint(tmp_path / "cut")["iteration"] > before
     done = subprocess.run([sys.executable, *command[1:]], env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    ppo.train(Args(run_dir=str(tmp_path / "whole"), torch_threads=1, **args))
+    ppo.train(Args(run_dir=str(tmp_path / "whole"), **args))
     assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
     same_weights(tmp_path / "cut", tmp_path / "whole")
     for name in ("weights.safetensors", "adapter_model.safetensors", "body/model.safetensors"):
