@@ -48,6 +48,7 @@ import csv
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -259,9 +260,9 @@ class LLMNetwork(PolicyNetwork):
         """Logits (B, n) or means (B, C) for states (B, K, S). Token k attends to the tokens up to k that the mask
         shows, which have positions 0, 1, 2 ..."""
         tokens = self.encoder(states).to(self.body.get_input_embeddings().weight.dtype)  # (B, K, hidden)
-        positions = None
-        if mask is not None:
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        if states.shape[1] == 1:
+            mask = None  # a single token has nothing to hide
+        positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
         hidden = self.body(inputs_embeds=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
         return self.head(hidden.last_hidden_state[:, -1].float())
 
@@ -312,6 +313,7 @@ RANDOM_BODIES = {  # sizes of Qwen2 bodies that need no download
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 1,
+        "initializer_range": 0.125,  # keeps the size of what passes through a layer, so that the attention has a say
     },
     "qwen2-0.5b-random": {
         "hidden_size": 896,
@@ -330,6 +332,7 @@ def load_body(llm_id: str, dtype: torch.dtype) -> nn.Module:
     token embeddings, which nothing reads here. llm_id: as the flag; random bodies come from PyTorch's seed.
     Raises UserError."""
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would report each of its attempts
     hint = f"give a hub id that can be reached, the folder of a causal LM, or one of {', '.join(RANDOM_BODIES)}"
     with user_error_in(f"--llm-id {llm_id} cannot be loaded ({hint})"):
         if llm_id in RANDOM_BODIES:
