@@ -121,7 +121,7 @@ class Args:
     lora_dropout: float = 0.05
     """dropout of the adapters' inputs, only with lora_dropout_in_update"""
     lora_dropout_in_update: bool = False
-    """let the adapters' dropout loose on the update, where it makes ratio differ from 1 at random"""
+    """apply the adapters' dropout in the update, and only there: it makes ratio differ from 1 at random"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the frozen body; auto is bfloat16 on a GPU, else float32. All that is trained is float32"""
     gradient_checkpointing: bool = False
@@ -135,7 +135,7 @@ class Args:
     """steps per environment and iteration: an iteration collects num_envs x num_steps"""
     vectorization_mode: Literal["auto", "sync", "async", "vector_entry_point", "envpool"] = "auto"
     """gymnasium.make_vec's, or envpool; auto: the environment's own vectorised form where it has one, else sync"""
-    learning_rate: float = 5e-3
+    learning_rate: float = 3e-3
     """Adam step size at the start"""
     anneal_lr: bool = True
     """lower the learning rate linearly to 0 over total_timesteps"""
@@ -146,7 +146,7 @@ class Args:
     num_minibatches: int = 4
     """minibatches per epoch, of nearly equal size"""
     micro_batch_size: int | None = None
-    """rows that go through the networks at once; a minibatch's gradient is the sum over its parts. Default: all"""
+    """rows that are scored and learned from at once; a minibatch's gradient is the sum over its parts. Default: all"""
     update_epochs: int = 8
     """passes over each rollout"""
     norm_adv: bool = True
@@ -175,7 +175,7 @@ class Args:
     """where the run is written; default runs/<task>__<script>__<seed>__<time>"""
     resume: str | None = None
     """run directory to continue from its last checkpoint; flags come from its config.json"""
-    checkpoint_interval: int = 30
+    checkpoint_interval: int = 15
     """iterations between checkpoints; each resets all environments and drops the episodes under way: keep it long"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where the networks are; auto is cuda where there is one, else cpu"""
@@ -312,7 +312,6 @@ RANDOM_BODIES = {  # sizes of Qwen2 bodies that need no download
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "vocab_size": 1,
         "initializer_range": 0.125,  # keeps the size of what passes through a layer, so that the attention has a say
     },
     "qwen2-0.5b-random": {
@@ -321,7 +320,6 @@ RANDOM_BODIES = {  # sizes of Qwen2 bodies that need no download
         "num_hidden_layers": 24,
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
-        "vocab_size": 151_936,
         "rope_theta": 1e6,
     },
 }
@@ -331,32 +329,45 @@ def load_body(llm_id: str, dtype: torch.dtype) -> nn.Module:
     """The frozen body of a causal language model (the decoder up to its last norm), without dropout and without its
     token embeddings, which nothing reads here. llm_id: as the flag; random bodies come from PyTorch's seed.
     Raises UserError."""
-    transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would report each of its attempts
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it would report that the LM head is not used
+    if Path(llm_id).is_dir():
+        transformers.utils.logging.disable_progress_bar()  # a download shows one
     hint = f"give a hub id that can be reached, the folder of a causal LM, or one of {', '.join(RANDOM_BODIES)}"
     with user_error_in(f"--llm-id {llm_id} cannot be loaded ({hint})"):
         if llm_id in RANDOM_BODIES:
-            config = transformers.AutoConfig.for_model("qwen2", **RANDOM_BODIES[llm_id])
+            config = transformers.AutoConfig.for_model("qwen2", vocab_size=1, **RANDOM_BODIES[llm_id])
             body = transformers.AutoModel.from_config(config, dtype=dtype)
         else:
             config = transformers.AutoConfig.from_pretrained(llm_id)
             config.update({name: 0.0 for name in config.to_dict() if "drop" in name})
-            body = transformers.AutoModel.from_pretrained(llm_id, config=config, dtype=dtype, use_safetensors=True)
+            body, info = transformers.AutoModel.from_pretrained(
+                llm_id, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+            if info["missing_keys"]:
+                raise ValueError(f"its files lack {len(info['missing_keys'])} weights of the body")
         body.resize_token_embeddings(1)
+        tokens = torch.eye(2, body.get_input_embeddings().embedding_dim, dtype=dtype)[None]
+        both, first = (body(inputs_embeds=x, use_cache=False).last_hidden_state for x in (tokens, tokens[:, :1]))
+        if not torch.allclose(both[:, :1], first, rtol=0.1, atol=0.1):
+            raise ValueError("it is not causal, a token sees those that follow")
     return body.requires_grad_(False)
 
 
-def add_lora(body: nn.Module, args: Args) -> nn.Module:
-    """The body with adapters that start at zero; their weights alone are trained, in float32. Raises UserError."""
+def add_lora(body: nn.Module, rank: int, alpha: float, dropout: float, target_modules: list[str]) -> nn.Module:
+    """The body with adapters that start at zero; their weights alone are trained, in float32. target_modules: names of
+    the layers that get one, none: all linear layers. Raises UserError."""
     config = peft.LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout if args.lora_dropout_in_update else 0.0,
-        target_modules=args.lora_target_modules or "all-linear",
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules or "all-linear"
     )
-    names = " ".join(args.lora_target_modules)
-    with user_error_in(f"--lora-target-modules {names}"), warnings.catch_warnings(action="ignore"):
-        return peft.get_peft_model(body, config)
+    wanted = " ".join(target_modules) or "(all linear layers)"
+    with user_error_in(f"--lora-target-modules {wanted}"), warnings.catch_warnings(action="ignore"):
+        adapted = peft.get_peft_model(body, config)
+    layers = [name for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    for target in target_modules:
+        if not any(f".{layer}".endswith(f".{target}") for layer in layers):
+            raise UserError(f"--lora-target-modules {target}: no layer of the body has this name")
+    return adapted
 
 
 def make_network(args: Args, spec: dict, dtype: torch.dtype) -> PolicyNetwork:
@@ -368,7 +379,8 @@ def make_network(args: Args, spec: dict, dtype: torch.dtype) -> PolicyNetwork:
     if args.history > longest:
         raise UserError(f"--history {args.history} is more than the {longest} positions of {args.llm_id}")
     if args.lora_rank:
-        body = add_lora(body, args)
+        dropout = args.lora_dropout if args.lora_dropout_in_update else 0.0
+        body = add_lora(body, args.lora_rank, args.lora_alpha, dropout, args.lora_target_modules)
     if args.gradient_checkpointing:
         body.gradient_checkpointing_enable({"use_reentrant": False})
     return LLMNetwork(spec, body, args.log_std_init)
@@ -478,11 +490,13 @@ def split_rows(batch: Batch, size: int | None) -> list[Batch]:
 
 
 def check_ratio(log_ratio: Tensor, dtype: torch.dtype) -> str:
-    """Says how far the ratio is from 1 where it should be 1. Raises FloatingPointError where that is more than rounding
-    explains. log_ratio: (B,). dtype: of the body."""
-    deviation = (log_ratio.exp() - 1).abs().max().item()
+    """Says how far the ratio is from 1 where it should be 1, on any rank. Raises FloatingPointError where that is more
+    than rounding explains. log_ratio: (B,). dtype: of the body."""
+    deviation = (log_ratio.exp() - 1).abs().max()
+    sum_over_ranks(deviation)  # an upper bound of the largest
     if deviation > (1e-3 if dtype == torch.float32 else 0.1):
-        raise FloatingPointError(f"ratio - 1 before the first step is up to {deviation:.1e}: something is random")
+        reason = "the body has dropout or noise of its own, or --dtype is too coarse for it"
+        raise FloatingPointError(f"ratio - 1 before the first step is up to {deviation:.1e}: {reason}")
     return f"before the first step, |ratio - 1| <= {deviation:.1e}"
 
 
@@ -562,14 +576,14 @@ def train(args: Args) -> dict[str, float | str]:
     envs = make_envs(args.env_id, num_envs, args.vectorization_mode)
     spec = task_spec(args, envs)
     observe, state_shape = spec["observe"], (args.history, len(spec["observe"]))  # (K, S)
-    in_bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if in_bfloat16 else torch.float32  # of the body
+    half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if half and args.network == "llm" else torch.float32  # of the body
     policy = StochasticPolicy(make_network(args, spec, dtype)).to(device)
     critic = mlp(math.prod(state_shape), 1, output_gain=1.0).to(device)  # the value function
     parameters = flatten_parameters(policy, critic)
     optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=1e-5, fused=True)
     if args.compile:
-        policy.network.outputs = torch.compile(policy.network.outputs)
+        policy.network.outputs = torch.compile(policy.network.outputs, dynamic=True)
 
     # Rollouts are collected in NumPy, where the environments live. Row t holds the state of step t and what came of the
     # action chosen there; the state after the last row becomes row 0 of the next rollout. resets[t]: the step before
@@ -597,7 +611,7 @@ def train(args: Args) -> dict[str, float | str]:
     elif rank == 0:
         create_run(run_dir, args, world_size)
         if args.network == "llm" and args.llm_id in RANDOM_BODIES:
-            print(f"{args.llm_id}: the weights of the body are random, no language model has been trained with them")
+            print(f"{args.llm_id}: the body is untrained, its weights are random")
     log = MetricsLog(run_dir, iteration, global_step) if rank == 0 else None
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=None if rank == 0 else True)
 
@@ -762,12 +776,14 @@ class Policy:
     @torch.no_grad()
     def act(self, obs: np.ndarray, greedy: bool = True) -> np.ndarray:
         """Actions for the flat observations that followed the last ones, (obs_dim,) of one environment or (N, obs_dim)
-        of N whose episodes began together: the most likely ones, or sampled. Raises UserError for another obs_dim."""
+        of N whose episodes began together: the most likely ones, or sampled. Raises UserError for other shapes."""
         obs = np.asarray(obs, np.float32)
         if obs.shape[-1:] != (self.spec["obs_dim"],):
             wanted = f"{self.spec['obs_dim']} numbers, as {self.spec['env_id']} has them"
             raise UserError(f"an observation of shape {obs.shape}: the policy takes observations of {wanted}")
         rows = obs.reshape(-1, obs.shape[-1])[:, self.spec["observe"]]  # (N, S)
+        if self.states is not None and len(rows) != len(self.states):
+            raise UserError(f"{len(rows)} observations after {len(self.states)}: call reset() before others follow")
         if self.states is None:
             self.states = np.zeros((len(rows), self.spec["history"], rows.shape[-1]), np.float32)
             self.mask = np.zeros((len(rows), self.spec["history"]), bool)
@@ -779,18 +795,19 @@ class Policy:
 
 def save_policy(folder: Path, policy: StochasticPolicy, spec: dict, args: Args) -> None:
     """Writes the policy as a folder: policy.json says what it is, weights.safetensors holds encoder and head (or the
-    MLP), the adapter is PEFT's own, and a body with random weights is in body/. The folder appears when it is whole."""
+    MLP), the adapter is PEFT's own and belongs on an AutoModel, and a body with random weights is in body/. The folder
+    appears when it is whole."""
     part, network = folder.with_name(folder.name + ".part"), policy.network
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     description = {"script": SCRIPT, "format": FORMAT, "spec": spec, "network": args.network}
     if args.network == "llm":
         dtype = network.body.get_input_embeddings().weight.dtype
-        description |= {"llm_id": args.llm_id, "dtype": str(dtype).removeprefix("torch."), "lora_rank": args.lora_rank}
+        description |= {"dtype": str(dtype).removeprefix("torch."), "lora_rank": args.lora_rank}
+        description["llm_id"] = str(Path(args.llm_id).resolve()) if Path(args.llm_id).is_dir() else args.llm_id
         if args.lora_rank:
             network.body.save_pretrained(part, save_embedding_layers=False)
         if args.llm_id in RANDOM_BODIES:
-            description["llm_id"] = "body"
             body = network.body.get_base_model() if args.lora_rank else network.body
             frozen = {
                 name.replace("base_layer.", ""): x for name, x in body.state_dict().items() if "lora_" not in name
@@ -808,28 +825,30 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> Policy:
     folder = Path(path, "policy") if Path(path, "policy").is_dir() else Path(path)
     with user_error_in(f"{folder} holds no policy of {SCRIPT}.py"):
         description = json.loads((folder / "policy.json").read_text())
-        spec, found = description["spec"], (description["script"], description["format"])
+        found = description["script"], description["format"]
     if found != (SCRIPT, FORMAT):
         raise UserError(
             f"{folder} has format {found[1]} of {found[0]}.py, not {FORMAT} of {SCRIPT}.py: use that version"
         )
-    if description["network"] == "mlp":
-        network = MLPNetwork(spec)
-    else:
-        llm_id = str(folder / "body") if description["llm_id"] == "body" else description["llm_id"]
-        body = load_body(llm_id, getattr(torch, description["dtype"]))
-        if description["lora_rank"]:
-            with user_error_in(f"{folder}: the adapter cannot be loaded"), warnings.catch_warnings(action="ignore"):
+    with user_error_in(f"{folder} is not whole, copy all of it"), warnings.catch_warnings(action="ignore"):
+        spec = description["spec"]
+        if description["network"] == "mlp":
+            network = MLPNetwork(spec)
+        else:
+            llm_id = description["llm_id"]
+            source = str(folder / "body") if llm_id in RANDOM_BODIES else llm_id
+            body = load_body(source, getattr(torch, description["dtype"]))
+            if description["lora_rank"]:
                 body = peft.PeftModel.from_pretrained(body, folder)
-        network = LLMNetwork(spec, body)
-    with user_error_in(f"{folder}/weights.safetensors cannot be loaded"):
+                adapter = peft.get_peft_model_state_dict(body, save_embedding_layers=False)
+                if set(load_file(folder / "adapter_model.safetensors")) != set(adapter):
+                    raise ValueError("adapter_model.safetensors is not the adapter of this body")
+            network = LLMNetwork(spec, body)
         weights = load_file(folder / "weights.safetensors")
-    own = {name: x for name, x in network.state_dict().items() if not name.startswith("body.")}
-    if {name: x.shape for name, x in weights.items()} != {name: x.shape for name, x in own.items()}:
-        raise UserError(
-            f"{folder}: weights.safetensors and policy.json are of different policies: copy the whole folder"
-        )
-    network.load_state_dict(weights, strict=False)  # the body is there already
+        own = {name: x for name, x in network.state_dict().items() if not name.startswith("body.")}
+        if {name: x.shape for name, x in weights.items()} != {name: x.shape for name, x in own.items()}:
+            raise ValueError("weights.safetensors and policy.json are of different policies")
+        network.load_state_dict(weights, strict=False)  # the body is there already
     return Policy(spec, StochasticPolicy(network), torch.device(device))
 
 
@@ -874,15 +893,8 @@ def play(args: Args) -> None:
 
 SCRIPT = "ppo_llm_policy"
 FORMAT = 1  # of checkpoint.pt and policy/: raised whenever what they hold changes
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "peft",
-    "numpy",
-    "gymnasium",
-    "mujoco",
-    "envpool",
-)  # whose versions config.json tells
+# Packages whose versions config.json tells.
+LIBRARIES = ("torch", "transformers", "peft", "numpy", "gymnasium", "mujoco", "envpool")
 # What check_args demands of the values of flags.
 LIMITS = {
     "at least 1": (
@@ -1055,7 +1067,9 @@ def default_run_dir(args: Args) -> str:
 
 def create_run(run_dir: Path, args: Args, world_size: int) -> None:
     """Makes the run directory with its config.json. Raises UserError where a run is already."""
-    if any((run_dir / name).exists() for name in ("config.json", "metrics.csv", "checkpoint.pt", "policy.pt")):
+    if any(
+        (run_dir / name).exists() for name in ("config.json", "metrics.csv", "checkpoint.pt", "policy.pt", "policy")
+    ):
         raise UserError(f"--run-dir {run_dir} already holds a run: choose another, or continue it with --resume")
     with user_error_in(f"--run-dir {run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=True)

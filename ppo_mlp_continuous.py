@@ -894,7 +894,9 @@ def default_run_dir(args: Args) -> str:
 
 def create_run(run_dir: Path, args: Args, world_size: int) -> None:
     """Makes the run directory with its config.json. Raises UserError where a run is already."""
-    if any((run_dir / name).exists() for name in ("config.json", "metrics.csv", "checkpoint.pt", "policy.pt")):
+    if any(
+        (run_dir / name).exists() for name in ("config.json", "metrics.csv", "checkpoint.pt", "policy.pt", "policy")
+    ):
         raise UserError(f"--run-dir {run_dir} already holds a run: choose another, or continue it with --resume")
     with user_error_in(f"--run-dir {run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=True)

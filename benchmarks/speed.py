@@ -106,7 +106,8 @@ class DocumentsNetwork(ppo.LLMNetwork):
         return self.head(llm_outputs.hidden_states[-1][:, -1, :].float())
 
 def documents_network(args, spec, dtype):
-    config = transformers.AutoConfig.for_model("qwen2", **ppo.RANDOM_BODIES[args.llm_id], tie_word_embeddings=True)
+    config = transformers.AutoConfig.for_model("qwen2", **ppo.RANDOM_BODIES[args.llm_id], vocab_size=151_936,
+                                                 tie_word_embeddings=True)
     llm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     with warnings.catch_warnings(action="ignore"):
@@ -183,7 +184,7 @@ class Args:
     pairs: int = 5
     """runs of each side, in turn"""
     steps: int | None = None
-    """environment steps per run of the throughput comparison; default 100,000 (discrete), 20,480 (continuous)"""
+    """environment steps per run of the throughput comparison, not of llm; default 100,000, continuous 20,480"""
     llm_id: Literal["qwen2-0.5b-random", "tiny-random"] = "qwen2-0.5b-random"
     """llm: size of the body"""
 
@@ -342,7 +343,7 @@ def llm(args: Args) -> dict:
     for side, results in sides.items():
         print(f"  peak memory              {side:10} {spread([r['peak_memory'] / 1e9 for r in results], 2)} GB")
     if "steps_per_second" in first:
-        from ppo_llm_policy import machine
+        from ppo_mlp_discrete import machine
 
         for side, results in sides.items():
             rates = [r["steps_per_second"] for r in results]
@@ -374,7 +375,8 @@ def main() -> None:
     packages = ("torch", "transformers", "peft", "numpy", "gymnasium", "mujoco", "envpool", "stable_baselines3")
     versions = {name: version(name) for name in packages if find_spec(name)}
     device = "_cuda" if "steps_per_second" in figures.get("sides", {"ours": [{}]})["ours"][0] else ""
-    path = ROOT / "benchmarks/results/speed" / f"{args.suite}{device}.json"
+    size = "_tiny" if args.suite == "llm" and args.llm_id == "tiny-random" else ""
+    path = ROOT / "benchmarks/results/speed" / f"{args.suite}{size}{device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "versions": versions} | figures, indent=2) + "\n")
     print(f"on {machine()}; written to {path.relative_to(ROOT)}")

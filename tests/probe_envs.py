@@ -77,6 +77,18 @@ class Mirror(Coloured):
         return float(action == (scene[0] > 0))
 
 
+class Memory(Coloured):
+    """Two steps: the first shows -1 or 1, the second nothing, and there the action must tell what it was. Catches a
+    history that is lost on its way to the policy."""
+
+    def step(self, action):
+        """Sign -> nothing -> end."""
+        last = not self.now[0]
+        reward = float(last and action == (self.seen > 0))
+        self.seen, self.now = self.now[0], np.zeros(1, np.float32)
+        return self.now.copy(), reward, last, False, {}
+
+
 class Locks(Probe):
     """Three locks of different size, the first with actions from 2: half a reward for each of the outer two that opens,
     depending on the scene. Catches mixed-up components of MultiDiscrete actions."""

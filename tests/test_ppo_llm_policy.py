@@ -413,7 +413,7 @@ def test_micro_batches_change_nothing_but_memory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("history", [1, 3])
 def test_ratio_is_one_before_the_first_step(tmp_path, monkeypatch, capsys, history):
-    """At the start and after a resume; with minibatches of other sizes than the scoring pass had."""
+    """In each iteration, with minibatches of other sizes than the scoring pass had; and the run says so."""
     seen = []
     loss = ppo.policy_ppo_loss
 
@@ -519,6 +519,20 @@ def test_probe_reward_depends_on_observation_and_action(tmp_path):
     assert greedy_return(run_dir) == 1
 
 
+@pytest.mark.parametrize("history", [1, 2])
+def test_probe_memory(tmp_path, history):
+    """What was seen one step before decides: the language model needs two observations for it, and then can."""
+    changes = {
+        "network": "llm",
+        "history": history,
+        "num_steps": 32,
+        "total_timesteps": 2000 * history,
+        "learning_rate": 5e-3,
+    }
+    reached = greedy_return(train_probe(tmp_path, "Memory", update_epochs=4, **changes), 40)
+    assert reached == 1 if history == 2 else reached < 0.8
+
+
 def test_probe_discrete_actions_with_a_start(tmp_path):
     assert greedy_return(train_probe(tmp_path, "Bandit")) == 1
 
@@ -579,6 +593,8 @@ def test_observed_components_are_all_that_is_seen(tmp_path):
     policy.act(obs)
     policy.act(obs + 10)
     assert policy.states[0].tolist() == [[0, 0], [2, 0], [12, 10]]
+    with pytest.raises(ppo.UserError, match="3 observations after 1: call reset"):
+        policy.act(np.stack([obs] * 3))
     policy.reset()
     policy.act(obs)
     assert policy.mask[0].tolist() == [False, False, True]
@@ -703,7 +719,51 @@ def test_a_folder_that_does_not_fit(tmp_path, monkeypatch, capsys):
     save_file({"head.0.bias": torch.zeros(3)}, folder / "weights.safetensors")
     play("weights.safetensors and policy.json")
     (folder / "weights.safetensors").write_bytes(weights[:100])
-    play("weights.safetensors cannot be loaded")
+    play("is not whole")
+    play("is not whole", dtype="float33")
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "body/model.safetensors"])
+def test_weights_that_are_missing_are_not_made_up(tmp_path, file):
+    """PEFT and transformers would only warn, and go on with others."""
+    ppo.save_policy(tmp_path / "policy", make_policy(), spec_of(1), Args())
+    path = tmp_path / "policy" / file
+    tensors = load_file(path)
+    tensors.pop(sorted(tensors)[-1])
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ppo.UserError, match="policy is not whole, copy all of it"):
+        ppo.load_policy(tmp_path / "policy")
+
+
+def test_a_local_body_is_found_from_elsewhere(folders, tmp_path, monkeypatch):
+    """Also where the folder's name is that of another body, and not where it has gone."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders["llama"], "body")
+    ppo.save_policy(Path("policy"), make_policy(llm_id="body"), spec_of(1), Args(llm_id="body"))
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert ppo.load_policy("../policy").policy.network.body.config.model_type == "llama"
+    shutil.rmtree("../body")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ppo.UserError, match=f"{tmp_path}/body cannot be loaded"):
+        ppo.load_policy("../policy")
+
+
+def test_bodies_that_are_no_causal_language_models(tmp_path, monkeypatch, capsys):
+    """BERT looks ahead; a folder with foreign weights would get random ones."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = transformers.BertModel(transformers.BertConfig(vocab_size=8, initializer_range=0.5, **sizes))
+    bert.save_pretrained(tmp_path / "bert")
+    tiny = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=8, **sizes))
+    tiny.save_pretrained(tmp_path / "foreign")
+    save_file({"x": torch.zeros(2)}, tmp_path / "foreign/model.safetensors", metadata={"format": "pt"})
+    for name, words in (("bert", "not causal"), ("foreign", "lack 1. weights of the body")):
+        argv = ["--llm-id", tmp_path / name, "--run-dir", tmp_path / "run"]
+        code, lines = run_main(ppo, monkeypatch, capsys, *argv)
+        assert code == 2
+        assert len(lines) == 1
+        assert re.search(words, lines[0]), lines
+        assert not (tmp_path / "run").exists()
 
 
 def test_an_interrupted_export_leaves_no_policy(tmp_path, monkeypatch):
@@ -770,15 +830,15 @@ def test_same_seed_same_run(tmp_path):
 
 def test_killed_and_resumed_equals_never_stopped(tmp_path):
     """SIGKILL, then SIGTERM in the resumed run, then the command that it prints."""
-    args = SMALL | {"total_timesteps": 4000, "checkpoint_interval": 10, "history": 2}
+    args = SMALL | {"total_timesteps": 2200, "checkpoint_interval": 8, "history": 2}
     process = start(ppo, "--run-dir", tmp_path / "cut", *flags(args))
-    wait_for_rows(tmp_path / "cut", 13, process)
+    wait_for_rows(tmp_path / "cut", 10, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = load_checkpoint(tmp_path / "cut")["iteration"]
-    assert before % 10 == 0
+    assert before % 8 == 0
     process = start(ppo, "--resume", tmp_path / "cut")
-    wait_for_rows(tmp_path / "cut", before + 12, process)
+    wait_for_rows(tmp_path / "cut", before + 10, process)
     process.send_signal(signal.SIGTERM)
     errors = process.communicate()[1]
     assert process.returncode == 130
@@ -834,6 +894,7 @@ def test_two_ranks(tmp_path):
         (["--llm-id", "nowhere/to-be-found"], "tiny-random, qwen2-0.5b-random"),
         (["--llm-id", "file"], "--llm-id file"),
         (["--lora-target-modules", "no_such_layer"], "--lora-target-modules no_such_layer"),
+        (["--lora-target-modules", "q_proj", "vproj"], "--lora-target-modules vproj"),
         (["--lora-rank", "-1"], "--lora-rank"),
         (["--lora-dropout", "1"], "--lora-dropout"),
         (["--lora-alpha", "0"], "--lora-alpha"),
