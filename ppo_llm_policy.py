@@ -348,7 +348,8 @@ def load_body(llm_id: str, dtype: torch.dtype) -> nn.Module:
                 raise ValueError(f"its files lack {len(info['missing_keys'])} weights of the body")
         body.resize_token_embeddings(1)
         tokens = torch.eye(2, body.get_input_embeddings().embedding_dim, dtype=dtype)[None]
-        both, first = (body(inputs_embeds=x, use_cache=False).last_hidden_state for x in (tokens, tokens[:, :1]))
+        with torch.no_grad():
+            both, first = (body(inputs_embeds=x, use_cache=False).last_hidden_state for x in (tokens, tokens[:, :1]))
         if not torch.allclose(both[:, :1], first, rtol=0.1, atol=0.1):
             raise ValueError("it is not causal, a token sees those that follow")
     return body.requires_grad_(False)

@@ -945,7 +945,12 @@ def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, probe, 
 
 
 def test_a_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
-    """And a resumed run keeps its flags, lists among them."""
+    """Nor a folder that happens to be called policy. And a resumed run keeps its flags, lists among them."""
+    (tmp_path / "project/policy").mkdir(parents=True)
+    code, lines = run_main(ppo, monkeypatch, capsys, "--run-dir", tmp_path / "project")
+    assert code == 2
+    assert "already holds a run" in lines[0]
+    assert (tmp_path / "project/policy").exists()
     argv = ["--run-dir", tmp_path / "run", "--observe", "0", "2", *flags(SMALL | {"total_timesteps": 64})]
     monkeypatch.setattr(sys, "argv", ["x", *map(str, argv)])
     ppo.main()
