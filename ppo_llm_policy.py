@@ -179,8 +179,8 @@ class Args:
     """iterations between checkpoints; each resets all environments and drops the episodes under way: keep it long"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where the networks are; auto is cuda where there is one, else cpu"""
-    torch_threads: int = 2
-    """CPU threads per process"""
+    torch_threads: int = 1
+    """CPU threads per process; a large body wants all cores, the tiny one gains nothing from a second"""
     compile: bool = False
     """torch.compile the network: minutes of compiling, worth it for large bodies"""
 
