@@ -159,13 +159,15 @@ def test_adapters_are_where_the_document_puts_them():
 
 
 @every_architecture
-def test_gradient_reaches_encoder_adapters_and_head_alone(folders, kind):
-    policy = make_policy(4, llm_id=folders[kind])
+@pytest.mark.parametrize("rank", [16, 0])
+def test_gradient_reaches_encoder_adapters_and_head_alone(folders, kind, rank):
+    policy = make_policy(4, llm_id=folders[kind], lora_rank=rank)
     batch = random_batch(policy, history=4)
     policy.evaluate_actions(batch.states, batch.actions, batch.mask)[0].sum().backward()
     reached = {name for name, p in policy.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     wanted = re.compile(r"network\.(encoder|head)\.|.*\.lora_[AB]\.")
     assert reached == {name for name, _ in policy.named_parameters() if wanted.match(name)}
+    assert reached == {name for name, p in policy.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("history", [1, 4])
