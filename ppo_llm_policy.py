@@ -180,9 +180,9 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where the networks are; auto is cuda where there is one, else cpu"""
     torch_threads: int = 1
-    """CPU threads per process; a large body wants all cores, the tiny one gains nothing from a second"""
+    """CPU threads per process; a large body wants all cores, the tiny one gains little from a second"""
     compile: bool = False
-    """torch.compile the network: minutes of compiling, worth it for large bodies"""
+    """torch.compile the network: minutes of compiling; measure whether your body gains by it"""
 
     @property
     def task(self) -> str:
@@ -577,8 +577,8 @@ def train(args: Args) -> dict[str, float | str]:
     envs = make_envs(args.env_id, num_envs, args.vectorization_mode)
     spec = task_spec(args, envs)
     observe, state_shape = spec["observe"], (args.history, len(spec["observe"]))  # (K, S)
-    half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if half and args.network == "llm" else torch.float32  # of the body
+    bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if bfloat16 and args.network == "llm" else torch.float32  # of the body
     policy = StochasticPolicy(make_network(args, spec, dtype)).to(device)
     critic = mlp(math.prod(state_shape), 1, output_gain=1.0).to(device)  # the value function
     parameters = flatten_parameters(policy, critic)
