@@ -313,12 +313,12 @@ def external_reward(completion: str, target: str, reward: float) -> float:
     return reward if completion.endswith(target + "E") else 0.0
 
 
-def token_rewards(external: Tensor, log_ratio_ref: Tensor, mask: Tensor, kl_beta: float) -> Tensor:
-    """Reward (B, L) of each token: -beta (log pi - log pi_ref), and the external reward (B,) on the last token.
+def token_rewards(external: Tensor, kl: Tensor, mask: Tensor, kl_beta: float) -> Tensor:
+    """Reward (B, L) of each token: -beta times its KL estimate, and the external reward (B,) on the last token.
 
-    log_ratio_ref: (B, L) log pi - log pi_ref of the sampled tokens; its sum over a completion has the mean
+    kl: (B, L). With k1, log pi - log pi_ref of the sampled tokens, its sum over a completion has the mean
     KL(pi || pi_ref), so that the mean return is E[r] - beta KL (Ziegler et al. 2019, eq. 2)."""
-    rewards = -kl_beta * log_ratio_ref.masked_fill(~mask, 0)
+    rewards = -kl_beta * kl.masked_fill(~mask, 0)
     last = mask.sum(-1, keepdim=True) - 1
     return rewards.scatter_add(-1, last, external[:, None])
 

@@ -4,6 +4,7 @@
     python benchmarks/speed.py discrete
     python benchmarks/speed.py continuous
     python benchmarks/speed.py llm
+    python benchmarks/speed.py rlhf
 
 Prints medians and ranges, and writes them with the machine's name to benchmarks/results/speed/<suite>.json.
 """
@@ -172,6 +173,88 @@ else:
 print()
 print(json.dumps(figures))
 """
+# Token-level PPO on random models, by ppo_rlhf_token.py and by TRL's trainer: the same prompts, response length, batch,
+# epochs and thread. "speed": a small model with a reward model and, where the critic is separate (TRL knows no other),
+# a critic of its size, all weights trained. "memory": Qwen2-0.5B's size with LoRA, a reward model and a critic; ours
+# trains its reward model, an adapter, for a step. Prints the episodes/s of the PPO loop and the process's peak memory.
+RLHF_PROGRAM = """
+import json, random, resource, sys, time
+from pathlib import Path
+import torch, transformers
+import ppo_rlhf_token as ppo
+
+folder, side, work, device = Path({folder!r}), {side!r}, {work!r}, {device!r}
+torch.set_num_threads(1)
+sizes = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)
+vocabulary, batch, updates, epochs, length = 256, 64, {updates}, 4, 24
+if work != "speed":
+    sizes = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                 num_key_value_heads=2, tie_word_embeddings=True)
+    vocabulary = 151_936
+if work == "memory":
+    batch, updates, epochs = 8, 1, 1
+if work == "gpu":
+    batch, updates, epochs, length = 256, 3, 2, 128
+if not (folder / "reward").exists():
+    torch.manual_seed(0)
+    words = ppo.make_tokenizer([ppo.Row(" ".join(f"w{{i}}" for i in range(253)))])
+    config = transformers.AutoConfig.for_model("qwen2", vocab_size=vocabulary, pad_token_id=0, eos_token_id=1, **sizes)
+    config.num_labels = 1
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    if work == "speed" or side == "trl":
+        transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "reward")
+        words.save_pretrained(folder / "reward")
+    words.save_pretrained(folder / "model")
+rng = random.Random(0)
+text = lambda: " ".join(f"w{{rng.randrange(253)}}" for _ in range(8))
+rows = [dict(prompt=text(), chosen=text(), rejected=text()) for _ in range(512)]
+(folder / "rows.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
+settings = dict(response_length=length, temperature=1.0, kl_coef=0.05, learning_rate=1e-5)
+if side == "trl":
+    import datasets, peft
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    words = transformers.PreTrainedTokenizerFast.from_pretrained(folder / "model")
+    load = lambda auto, name: auto.from_pretrained(folder / name, dtype=torch.float32)
+    lm = load(transformers.AutoModelForCausalLM, "model")
+    reward, value = (load(transformers.AutoModelForSequenceClassification, "reward") for _ in range(2))
+    config = PPOConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=batch, gradient_accumulation_steps=1,
+        num_mini_batches=1, num_ppo_epochs=epochs, total_episodes=batch * updates, report_to="none", save_strategy="no",
+        num_sample_generations=0, use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+        local_rollout_forward_batch_size=batch, **settings,
+    )
+    data = datasets.Dataset.from_list([dict(input_ids=words.encode(row["prompt"])) for row in rows])
+    lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = PPOTrainer(
+        args=config, processing_class=words, model=lm, ref_model=None,
+        reward_model=reward, value_model=value, train_dataset=data, eval_dataset=data.select(range(8)),
+        peft_config=None if work == "speed" else lora,
+    )
+    start = time.perf_counter()
+    trainer.train()
+    figures = dict(episodes_per_second=batch * updates / (time.perf_counter() - start))
+else:
+    sources = dict(reward_model=str(folder / "reward")) if work == "speed" else dict(lora_rank=16, reward_steps=1)
+    gpu = dict(bf16=True, compile=side == "compiled") if work == "gpu" else dict()
+    args = ppo.Args(
+        model=str(folder / "model"), dataset=str(folder / "rows.jsonl"), sft_steps=0, reward_batch_size=8,
+        total_episodes=batch * updates, batch_size=batch, num_minibatches=1, update_epochs=epochs,
+        micro_batch_size=64 if work == "gpu" else None,
+        critic="separate" if side == "separate" else "shared", missing_eos_penalty=None, eval_samples=4,
+        torch_threads=1, device=device, run_dir=str(folder / f"run{{time.time_ns()}}"),
+        **settings, **sources, **gpu,
+    )
+    figures = ppo.train(args)
+    rows = (Path(args.run_dir) / "metrics.csv").read_text().splitlines()
+    last = dict(zip(rows[0].split(","), rows[-1].split(",")))
+    names = [f"{{x}}_tokens_per_second" for x in ("generation", "update")]
+    figures |= {{name: float(last[f"time/{{name}}"]) for name in names}}
+figures["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print()
+print(json.dumps(figures))
+"""
+SIDES = ("shared", "separate", "trl")
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense FLOP/s, from their data sheets
 
 
@@ -179,7 +262,7 @@ PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # 
 class Args:
     """Speed of our scripts beside their peers."""
 
-    suite: tyro.conf.Positional[Literal["discrete", "continuous", "llm"]]
+    suite: tyro.conf.Positional[Literal["discrete", "continuous", "llm", "rlhf"]]
     """what to measure"""
     pairs: int = 5
     """runs of each side, in turn"""
@@ -187,6 +270,8 @@ class Args:
     """environment steps per run of the throughput comparison, not of llm; default 100,000, continuous 20,480"""
     llm_id: Literal["qwen2-0.5b-random", "tiny-random"] = "qwen2-0.5b-random"
     """llm: size of the body"""
+    updates: int = 6
+    """rlhf: PPO iterations of a run"""
 
 
 def run(command: list[str]) -> tuple[float, str]:
@@ -359,22 +444,67 @@ def llm(args: Args) -> dict:
     return figures
 
 
+def rlhf(args: Args) -> dict:
+    """Token-level PPO beside TRL's trainer: episodes/s with a shared and with a separate critic, and peak memory with
+    LoRA at Qwen2-0.5B's size. Where there is a GPU, tokens/s at that size in bfloat16 instead, plain and compiled."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    sides = {"gpu": ("plain", "compiled")} if has_gpu else {"speed": SIDES, "memory": SIDES}
+    bar = tqdm(total=args.pairs * sum(map(len, sides.values())), unit="run")
+    figures: dict = {work: {side: [] for side in names} for work, names in sides.items()}
+    for work, names in sides.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(args.pairs):
+                for side in names:
+                    given = {"folder": folder, "side": side, "work": work, "device": "cuda" if has_gpu else "cpu"}
+                    _, output = run([sys.executable, "-c", RLHF_PROGRAM.format(**given, updates=args.updates)])
+                    figures[work][side].append(json.loads(output.splitlines()[-1]))
+                    bar.update()
+    bar.close()
+    for work, names in sides.items():
+        print(f"\n{work}: every run a process of its own, one thread")
+        for side in names:
+            results = figures[work][side]
+            rates = [r["episodes_per_second"] for r in results]
+            print(
+                f"  {side:10} {spread(rates, 1)} episodes/s, peak memory "
+                f"{spread([r['peak_memory'] / 1e9 for r in results], 2)} GB"
+            )
+            if has_gpu:
+                for name in ("generation", "update"):
+                    values = [r[f"{name}_tokens_per_second"] for r in results]
+                    print(f"  {'':10} {name} {spread(values)} tokens/s")
+        for side in names[:-1]:
+            last = figures[work][names[-1]]
+            name = "peak_memory" if work == "memory" else "episodes_per_second"
+            ratios = [a[name] / b[name] for a, b in zip(figures[work][side], last)]
+            pairs = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            print(f"  {name} of {side} / {names[-1]}, pair by pair: {pairs}; median {statistics.median(ratios):.2f}")
+    return figures
+
+
 def main() -> None:
     """Runs a suite, prints it and writes it down."""
     args = tyro.cli(Args)
     if args.pairs < 1 or (args.steps or 2048) < 2048:
         print("error: --pairs must be at least 1 and --steps at least 2048", file=sys.stderr)
         sys.exit(2)
-    if args.suite != "llm" and find_spec("stable_baselines3") is None:
+    if args.suite in ("discrete", "continuous") and find_spec("stable_baselines3") is None:
         print("error: stable-baselines3 is missing: pip install -r benchmarks/requirements-peers.txt", file=sys.stderr)
+        sys.exit(2)
+    if args.suite == "rlhf" and find_spec("trl") is None:
+        print("error: trl is missing: pip install -r benchmarks/requirements-peers.txt", file=sys.stderr)
         sys.exit(2)
     sys.path.insert(0, str(ROOT))
     from ppo_mlp_discrete import machine
 
-    figures = {"discrete": discrete, "continuous": continuous, "llm": llm}[args.suite](args)
-    packages = ("torch", "transformers", "peft", "numpy", "gymnasium", "mujoco", "envpool", "stable_baselines3")
+    figures = {"discrete": discrete, "continuous": continuous, "llm": llm, "rlhf": rlhf}[args.suite](args)
+    packages = ("torch", "transformers", "peft", "numpy", "gymnasium", "mujoco", "envpool", "stable_baselines3", "trl")
     versions = {name: version(name) for name in packages if find_spec(name)}
-    device = "_cuda" if "steps_per_second" in figures.get("sides", {"ours": [{}]})["ours"][0] else ""
+    device = (
+        "_cuda" if "gpu" in figures or "steps_per_second" in figures.get("sides", {"ours": [{}]})["ours"][0] else ""
+    )
     size = "_tiny" if args.suite == "llm" and args.llm_id == "tiny-random" else ""
     path = ROOT / "benchmarks/results/speed" / f"{args.suite}{size}{device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -417,9 +417,9 @@ def test_metrics_are_those_of_the_batch(tmp_path, monkeypatch):
     seen = {"rewards": [], "parts": []}
     token_rewards, loss_fn = ppo.token_rewards, ppo.completion_ppo_loss
 
-    def spy_rewards(external, log_ratio_ref, mask, kl_beta):
-        rewards = token_rewards(external, log_ratio_ref, mask, kl_beta)
-        seen["rewards"].append((external, log_ratio_ref, mask))
+    def spy_rewards(external, kl, mask, kl_beta):
+        rewards = token_rewards(external, kl, mask, kl_beta)
+        seen["rewards"].append((external, kl, mask))
         return rewards
 
     def spy_loss(*args):
