@@ -123,7 +123,7 @@ class Args:
     """Adam step size of supervised fine-tuning at the start, lowered linearly to 0"""
     feedback: Literal["comparisons", "ratings"] = "comparisons"
     """reviews: what the simulated people give"""
-    num_feedback: int = 2000
+    num_feedback: int = 3000
     """reviews: pairs of samples that they compare, or samples that they rate"""
     reward_steps: int = 120
     """steps of training the reward model"""
@@ -694,9 +694,9 @@ def train(args: Args) -> dict[str, float | str]:
             save_model(run_dir / name, model, tokenizer)
         sum_over_ranks(torch.zeros(1, device=device))  # nobody goes on before it is there
 
-    def sample(model: Model, prompts: list[Example], sample_seed: int) -> list[list[int]]:
+    def sample(model: Model, prompts: list[Example], sample_seed: int, heat: float = 1.0) -> list[list[int]]:
         torch.manual_seed(sample_seed)
-        limits, size = (args.response_length, args.temperature), args.batch_size // world_size
+        limits, size = (args.response_length, args.temperature * heat), args.batch_size // world_size
         parts = (prompts[i : i + size] for i in range(0, len(prompts), size))
         return [response for part in parts for response in generate(model, [x.prompt for x in part], *limits)]
 
@@ -725,7 +725,8 @@ def train(args: Args) -> dict[str, float | str]:
         judged, unseen = examples, held_out
         if args.dataset is None:
             prompts = list(itertools.islice(itertools.cycle(examples), args.num_feedback))
-            samples = sample(model, prompts, seeds[0]), sample(model, prompts, seeds[1])
+            # The hotter samples show the reward model what PPO may try: mistakes that the model rarely makes.
+            samples = sample(model, prompts, seeds[0]), sample(model, prompts, seeds[1], heat=1.5)
             judged, unseen = hold_out(ask_people(prompts, *samples, read, args), args.seed)
         model = train_reward_model(model, standardised(judged), args, state, keep)
         figures["reward_accuracy"] = ranking_accuracy(model, unseen)
@@ -1074,7 +1075,7 @@ def write_review(rng: random.Random) -> str:
 def gold_score(review: str) -> float:
     """What people want of a review, hidden from all that is trained: each word of praise or blame counts 1 or -1, a
     praising or blaming ending 1 more. Off go 1 for each noun or adjective said before, 1 for each thing that is both
-    praised and blamed, and 0.2 for each word beyond 30."""
+    praised and blamed, 0.2 for each word beyond 30, and 3 where the last sentence has no end."""
     words = review.split()
     said = Counter(word for word in words if word in DISHES + OTHERS + GOOD + BAD + PLAIN)
     opinions: dict[str, set[int]] = {}  # of each thing
@@ -1090,7 +1091,8 @@ def gold_score(review: str) -> float:
         sentiment += sign * any(ending in review for ending in endings)
     repetition = sum(count - 1 for count in said.values())
     contradiction = sum(len(signs) == 2 for signs in opinions.values())
-    return sentiment - repetition - contradiction - 0.2 * max(0, len(words) - 30)
+    unfinished = words[-1:] != ["."]
+    return sentiment - repetition - contradiction - 0.2 * max(0, len(words) - 30) - 3 * unfinished
 
 
 def ask_people(
