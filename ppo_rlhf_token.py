@@ -146,7 +146,7 @@ class Args:
     """Adam step size of PPO at the start; a pretrained model wants far less, 1e-6 to 1e-5"""
     anneal_lr: bool = True
     """lower the learning rate linearly to 0 over total_episodes"""
-    kl_coef: float = 0.2
+    kl_coef: float = 0.07
     """beta, what a nat of KL divergence from the reference costs"""
     kl_estimator: Literal["k1", "k3"] = "k1"
     """estimate of the KL divergence in the reward: k1 is unbiased, k3 is never negative"""
@@ -680,6 +680,8 @@ def train(args: Args) -> dict[str, float | str]:
     load_sft = partial(load_lm, after_sft, tokenizer, args, device)
     torch.manual_seed(args.seed)
     lm = load_lm(args.model, tokenizer, args, device) if stage == "sft" else load_sft()
+    if args.lora_rank:
+        lora_config(lm, args)
     reward = load_reward(args, tokenizer, device)
     if rank == 0 and not args.resume:
         create_run(run_dir, args, world_size)

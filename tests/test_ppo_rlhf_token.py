@@ -519,7 +519,9 @@ def test_22_gold_score():
     assert ppo.gold_score("the soup was great but the tea was cold . never again .") == 1 - 1 - 1
     assert ppo.gold_score("the soup was great . the soup was superb . we loved it .") == 2 + 1 - 1
     assert ppo.gold_score("the soup was great . the soup was awful . that is all .") == 0 - 1 - 1
-    assert ppo.gold_score("the soup was great " + "and so " * 18) == pytest.approx(1 - 0.2 * 10)
+    assert ppo.gold_score("the soup was great " + "and so " * 18 + ".") == pytest.approx(1 - 0.2 * 11)
+    assert ppo.gold_score("the soup was great . we") == 1 - 3
+    assert ppo.gold_score("") == -3
 
 
 # -------------------------------------------------------------------------------------- what training is known to reach
@@ -585,14 +587,14 @@ def test_reward_model_recovers_a_ranking_from_noisy_ratings(tmp_path):
         return [*rng.permutation([tea] * count + rng.choice(others, 6 - count).tolist()).tolist(), END], count
 
     rated, compared = [], []
-    for _ in range(400):
+    for _ in range(1000):
         (first, a), (second, b) = text(), text()
         rated.append(ppo.Example("", [4], [first], a + rng.normal(0, 1)))
         if a != b:
             likes_first = (a > b) == (rng.random() > 0.2)
             compared.append(ppo.Example("", [4], [first, second] if likes_first else [second, first], None))
     unseen = [text() for _ in range(200)]
-    args = ppo.replace(args, reward_steps=100, reward_batch_size=32, reward_learning_rate=1e-2, micro_batch_size=None)
+    args = ppo.replace(args, reward_steps=120, reward_batch_size=32, reward_learning_rate=1e-2, micro_batch_size=None)
     for examples in (rated, compared):
         torch.manual_seed(0)
         model = ppo.train_reward_model(policy, ppo.standardised(examples), args, {}, lambda content: None)
@@ -844,8 +846,7 @@ def test_same_seed_same_run(tmp_path):
     same_weights(runs[0], runs[1])
 
 
-@pytest.mark.parametrize("lora_rank", [0, 2])
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize(("stage", "lora_rank"), [("sft", 0), ("reward", 0), ("reward", 2), ("ppo", 2)])
 def test_resumed_in_each_stage(tmp_path, monkeypatch, stage, lora_rank):
     """A run that stops right after a checkpoint of any stage goes on as if it had never stopped."""
     monkeypatch.setattr(ppo, "FIT_CHECKPOINT_INTERVAL", 4)
@@ -873,7 +874,7 @@ def test_resumed_in_each_stage(tmp_path, monkeypatch, stage, lora_rank):
 
 def test_killed_and_resumed_in_a_process(tmp_path):
     """SIGKILL in the middle of PPO, then --resume, both as real processes, give the rows of a run never stopped."""
-    args = flags(SMALL | {"total_episodes": 640, "eval_samples": 4, "sft_steps": 4})
+    args = flags(SMALL | {"total_episodes": 320, "eval_samples": 4, "sft_steps": 4})
     process = start(ppo, "--run-dir", tmp_path / "killed", *args)
     wait_for_rows(tmp_path / "killed", 3, process)
     process.send_signal(signal.SIGKILL)
@@ -882,8 +883,8 @@ def test_killed_and_resumed_in_a_process(tmp_path):
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     rows = read_metrics(tmp_path / "killed")
-    assert [int(row["global_step"]) for row in rows] == list(range(16, 641, 16))
-    assert json.loads((tmp_path / "killed" / "summary.json").read_text())["global_step"] == 640
+    assert [int(row["global_step"]) for row in rows] == list(range(16, 321, 16))
+    assert json.loads((tmp_path / "killed" / "summary.json").read_text())["global_step"] == 320
 
 
 def test_two_ranks(tmp_path):
