@@ -17,7 +17,8 @@
 """RLHF in one file: supervised fine-tuning, a reward model from people's judgements, and token-level PPO against it.
 
     python ppo_rlhf_token.py                                            # restaurant reviews, a small model, no download
-    python ppo_rlhf_token.py --model Qwen/Qwen2-0.5B --dataset rows.jsonl --lora-rank 16 --learning-rate 1e-5
+    python ppo_rlhf_token.py --model Qwen/Qwen2-0.5B --dataset rows.jsonl --lora-rank 16 --sft-learning-rate 1e-4 \
+        --reward-learning-rate 1e-4 --learning-rate 1e-5
     python ppo_rlhf_token.py --play runs/RUN/policy --prompt "the soup was"
 
 The three stages share one code path, whatever causal language model they train. By default a small grammar writes
@@ -189,7 +190,7 @@ class Args:
     eval_samples: int = 500
     """responses that measure the policy before and after PPO, to held-out prompts"""
     play: str | None = None
-    """print a response of this saved policy (a policy folder or its run directory) to prompt, and exit"""
+    """print a response of this saved policy (folder or run directory), of its length and temperature, and exit"""
     prompt: str | None = None
     """with play: a text, or a JSON list of messages"""
 
@@ -273,7 +274,8 @@ class Body:
         for parameter, weight in self.lm.named_parameters():
             if f".{name}." in parameter:
                 weight.data = weight.data.float()  # what is trained is not rounded, whatever it sits on
-        self.adapter = name
+        self.adapter = None  # PEFT has chosen the new one, but not switched on layers that were off
+        self.switch_to(name)
 
     def switch_to(self, adapter: str | None) -> None:
         """Switches one adapter on, or none. Of the adapters, PEFT lets gradients reach only that which is on."""
@@ -318,6 +320,14 @@ class Model(NamedTuple):
         return self.outputs(self.hidden_states(texts)[texts.last])
 
 
+class Cache(transformers.StaticCache):
+    """Room for the keys and values of all tokens to come. Under autocast, keys are float32 and values are not."""
+
+    def update(self, keys: Tensor, values: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Keeps what is new, in the dtype of the values, and returns all that is kept."""
+        return super().update(keys.to(values.dtype), values, *args, **kwargs)
+
+
 @torch.no_grad()
 def generate(policy: Model, prompts: list[list[int]], length: int, temperature: float) -> list[list[int]]:
     """Samples a response of up to length tokens to each of B prompts, all at once; each step feeds only the newest
@@ -327,7 +337,7 @@ def generate(policy: Model, prompts: list[list[int]], length: int, temperature: 
     body.switch_to(policy.adapter)
     texts = pad(prompts, [[pad_id] * length] * len(prompts), pad_id, body.lm.device)
     context = texts.tokens.shape[1] - length
-    positions, cache = position_ids(texts.mask), transformers.StaticCache(body.lm.config, texts.tokens.shape[1])
+    positions, cache = position_ids(texts.mask), Cache(body.lm.config, texts.tokens.shape[1])
     tokens, start, responses = texts.tokens[:, :context], 0, []
     ended = torch.zeros(len(prompts), 1, dtype=torch.bool, device=tokens.device)
     for t in range(length):
@@ -521,6 +531,7 @@ def score_tokens(
     if args.critic == "separate":
         hidden = critic.hidden_states(texts)[texts.before]
     values = critic.outputs(hidden)
+    del log_probs  # before others of this size are made
     log_probs = reference.log_probs(reference.hidden_states(texts)[texts.before], args.temperature)
     return chosen, values, of_chosen(log_probs, texts.chosen), entropy
 
@@ -671,15 +682,21 @@ def train(args: Args) -> dict[str, float | str]:
     rows = load_rows(args, tokenizer)
     tokenizer = tokenizer or make_tokenizer(rows)
     set_padding(tokenizer, args)
-    examples, held_out = hold_out(encode_rows(rows, tokenizer, args), args.seed)
+    encoded = encode_rows(rows, tokenizer, args)
+    if rank == 0 and len(encoded) < len(rows):
+        print(f"{len(rows) - len(encoded)} of {len(rows)} rows are left out: empty or long prompts", file=sys.stderr)
+    examples, held_out = hold_out(encoded, args.seed)
     check_examples(examples, args)
     eval_prompts = list(itertools.islice(itertools.cycle(held_out), args.eval_samples))
     micro_batch_size = args.micro_batch_size or args.batch_size // args.num_minibatches // world_size
     stage = state.get("stage", "sft" if args.sft_steps else "reward")
     after_sft = run_dir / "sft" if args.sft_steps else args.model
-    load_sft = partial(load_lm, after_sft, tokenizer, args, device)
-    torch.manual_seed(args.seed)
-    lm = load_lm(args.model, tokenizer, args, device) if stage == "sft" else load_sft()
+
+    def load(source: str | Path) -> transformers.PreTrainedModel:
+        torch.manual_seed(args.seed)
+        return load_lm(source, tokenizer, args, device)
+
+    lm = load(args.model if stage == "sft" else after_sft)
     if args.lora_rank:
         lora_config(lm, args)
     reward = load_reward(args, tokenizer, device)
@@ -702,12 +719,17 @@ def train(args: Args) -> dict[str, float | str]:
         parts = (prompts[i : i + size] for i in range(0, len(prompts), size))
         return [response for part in parts for response in generate(model, [x.prompt for x in part], *limits)]
 
-    def read(responses: list[list[int]]) -> list[str]:
-        return tokenizer.batch_decode(responses, skip_special_tokens=True)
+    def read(prompts: list[Example], responses: list[list[int]]) -> list[str]:
+        # What follows the prompt's text in that of both together, such as a space.
+        starts = tokenizer.batch_decode([x.prompt for x in prompts], skip_special_tokens=True)
+        both = [x.prompt + response for x, response in zip(prompts, responses)]
+        return [
+            text[len(start) :] for start, text in zip(starts, tokenizer.batch_decode(both, skip_special_tokens=True))
+        ]
 
     def score(prompts: list[Example], responses: list[list[int]]) -> Tensor:
         if not isinstance(reward, Model):
-            return torch.tensor(reward([x.text for x in prompts], read(responses)), device=device)
+            return torch.tensor(reward([x.text for x in prompts], read(prompts, responses)), device=device)
         parts = (slice(i, i + micro_batch_size) for i in range(0, len(prompts), micro_batch_size))
         with torch.no_grad():
             return torch.cat(
@@ -719,7 +741,7 @@ def train(args: Args) -> dict[str, float | str]:
     seeds = derive_seeds(args.seed, 2**32 - 1, 3)  # of samples outside the loop
     if stage == "sft":
         hand_over("sft", fine_tune(lm, examples, args, state, keep))
-        stage, state, lm = "reward", {}, load_sft()
+        stage, state, lm = "reward", {}, load(after_sft)
 
     # Stage 2: a reward model, from ratings or comparisons.
     if stage == "reward" and reward is None:
@@ -731,9 +753,9 @@ def train(args: Args) -> dict[str, float | str]:
             samples = sample(model, prompts, seeds[0]), sample(model, prompts, seeds[1], heat=1.5)
             judged, unseen = hold_out(ask_people(prompts, *samples, read, args), args.seed)
         model = train_reward_model(model, standardised(judged), args, state, keep)
-        figures["reward_accuracy"] = ranking_accuracy(model, unseen)
+        figures |= ranking_accuracy(model, unseen[: args.eval_samples])
         hand_over("reward_model", model)
-        lm = load_sft()
+        lm = load(after_sft)
 
     # Stage 3: PPO, with four models. Policy and reference start as the same; with LoRA they are one body, with an
     # adapter and without. The critic says 0 at first or, where it is a model of its own, what the reward model says.
@@ -751,8 +773,11 @@ def train(args: Args) -> dict[str, float | str]:
     scores_before = score(eval_prompts, before)
     mean, std = (0.0, 1.0) if args.reward_fn else (scores_before.mean().item(), scores_before.std().item() or 1.0)
     critic = scalar_model(policy, "critic" if args.critic == "separate" else None, args)
-    if args.critic == "separate" and isinstance(reward, Model) and copy_weights(reward, critic):
-        critic.head.weight.data /= std
+    if args.critic == "separate":
+        if isinstance(reward, Model) and copy_weights(reward, critic):
+            critic.head.weight.data /= std
+        elif rank == 0:
+            print("the critic starts from the policy, because the reward is not a model of its kind", file=sys.stderr)
     require_gradients(policy, critic)
     trained = nn.ModuleList([lm, critic.body.lm, critic.head])
     parameters = flatten_parameters(trained)
@@ -850,7 +875,7 @@ def train(args: Args) -> dict[str, float | str]:
         columns = {
             "objective/scores": scores,
             "objective/kl": grid(k1).sum(-1),
-            "objective/entropy": -grid(log_probs).sum(-1),
+            "objective/entropy": -grid(log_probs).sum(-1),  # TRL's: an estimate, of whole responses
             "objective/non_score_reward": kl_rewards,
             "objective/rlhf_reward": scores + kl_rewards,
             "objective/eos_rate": has_ended,
@@ -865,8 +890,7 @@ def train(args: Args) -> dict[str, float | str]:
             "loss/grad_norm": torch.stack(grad_norms),
         }
         if args.dataset is None:
-            gold = [gold_score(f"{x.text} {text}") for x, text in zip(prompts, read(responses))]
-            columns["objective/gold"] = torch.tensor(gold)
+            columns["objective/gold"] = gold_scores(prompts, read(prompts, responses))
         sizes, means, stds = global_moments([returns, returns - values, ratio, *columns.values()])
         logged = dict(zip(columns, means[3:].tolist()))
         if not (np.isfinite(means).all() and parameters.isfinite().all()):
@@ -915,7 +939,7 @@ def train(args: Args) -> dict[str, float | str]:
         with torch.no_grad():
             log_probs, _, ref_log_probs, _ = score_tokens(policy, critic, reference, texts, args)
         kl += (log_probs - ref_log_probs).sum().item() / len(after)
-    samples = {"before": read(before), "after": read(after)}
+    samples = {when: read(eval_prompts, x) for when, x in (("before", before), ("after", after))}
     scores = {"before": (scores_before - mean) / std, "after": (score(eval_prompts, after) - mean) / std}
     wanted = scores  # what decides which of two responses is better: the gold score, where there is one
     if args.dataset is None:
@@ -939,7 +963,7 @@ def train(args: Args) -> dict[str, float | str]:
     log.close()
     draw_frontier(run_dir)
     for x, *answers in list(zip(eval_prompts, samples["before"], samples["after"]))[:3]:
-        print(x.text, *(f"  {when}: {text}" for when, text in zip(("before", "after"), answers)), sep="\n")
+        print(x.text, *(f"  {when}: {text.strip()}" for when, text in zip(("before", "after"), answers)), sep="\n")
     by = "gold score" if args.dataset is None else "score"
     print(
         f"{args.task}: win rate {win_rate:.1%} by {by} (95 % interval {low:.1%} to {high:.1%}), "
@@ -994,7 +1018,7 @@ def play(args: Args) -> None:
 
 def gold_scores(prompts: list[Example], responses: list[str]) -> Tensor:
     """Gold scores (B,) of reviews."""
-    return torch.tensor([gold_score(f"{x.text} {text}") for x, text in zip(prompts, responses)])
+    return torch.tensor([gold_score(x.text + text) for x, text in zip(prompts, responses)])
 
 
 def wilson_interval(rate: float, count: int) -> tuple[float, float]:
@@ -1105,7 +1129,7 @@ def ask_people(
     rng = random.Random(args.seed)
     judged = []
     for x, a, b, gold_a, gold_b in zip(
-        prompts, first, second, *(gold_scores(prompts, read(y)) for y in (first, second))
+        prompts, first, second, *(gold_scores(prompts, read(prompts, y)) for y in (first, second))
     ):
         if args.feedback == "ratings":
             rating = min(max(round(rng.gauss(7 + 0.7 * gold_a.item(), 1)), 1), 10)
@@ -1133,6 +1157,11 @@ def parse_row(row: object, tokenizer: transformers.PreTrainedTokenizerBase | Non
     tokenizer's chat template makes the prompt's a text. Other keys do not matter. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("it is no object")
+    for messages in row.values():
+        if isinstance(messages, list) and not all(
+            isinstance(x, dict) and {"role", "content"} <= x.keys() for x in messages
+        ):
+            raise ValueError('its messages need "role" and "content"')
     if "messages" in row and "prompt" not in row:
         is_answered = row["messages"] and row["messages"][-1]["role"] == "assistant"
         split = len(row["messages"]) - bool(is_answered)
@@ -1169,8 +1198,10 @@ def load_rows(args: Args, tokenizer: transformers.PreTrainedTokenizerBase | None
         return rows
     if args.dataset.endswith(".jsonl"):
         with user_error_in(f"--dataset {args.dataset}"):
-            lines = Path(args.dataset).read_text().splitlines()
-        numbered = ((f"{args.dataset}, line {i}", partial(json.loads, line)) for i, line in enumerate(lines, 1) if line)
+            lines = Path(args.dataset).read_text(encoding="utf-8").split("\n")
+        numbered = (
+            (f"{args.dataset}, line {i}", partial(json.loads, line)) for i, line in enumerate(lines, 1) if line.strip()
+        )
     else:
         if find_spec("datasets") is None:
             raise UserError(
@@ -1192,8 +1223,9 @@ def load_rows(args: Args, tokenizer: transformers.PreTrainedTokenizerBase | None
 
 
 def encode_prompt(text: str, tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt, which a chat template has given its special tokens already."""
-    return tokenizer.encode(text, add_special_tokens=tokenizer.chat_template is None)
+    """Token ids of a prompt, to which a chat template may have given its start token already."""
+    is_started = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer.encode(text, add_special_tokens=not is_started)
 
 
 def encode_rows(rows: list[Row], tokenizer: transformers.PreTrainedTokenizerBase, args: Args) -> list[Example]:
@@ -1226,16 +1258,17 @@ def standardised(examples: list[Example]) -> list[Example]:
     return [x._replace(rating=rating) for x, rating in zip(examples, (ratings - ratings.mean()) / (ratings.std() or 1))]
 
 
-def ranking_accuracy(model: Model, examples: list[Example]) -> float:
-    """How often a reward model ranks responses as people did: the chosen one above the rejected one, or of neighbours
-    that are rated differently the better above the other."""
+def ranking_accuracy(model: Model, examples: list[Example]) -> dict[str, float]:
+    """How often a reward model ranks responses as people did, as "reward_accuracy": the chosen one above the rejected
+    one, or of neighbours that are rated differently the better above the other. Empty where there are none."""
     with torch.no_grad():
         scores = [model.scores(to_texts(model, [x.prompt] * len(x.responses), x.responses)) for x in examples]
     if examples[0].rating is None:
-        return np.mean([(chosen > rejected).item() for chosen, rejected in scores]).item()
-    pairs = itertools.pairwise(zip((x.rating for x in examples), torch.cat(scores).tolist()))
-    ranked = [(a > b) == (score_a > score_b) for (a, score_a), (b, score_b) in pairs if a != b]
-    return np.mean(ranked).item() if ranked else math.nan
+        ranked = [(chosen > rejected).item() for chosen, rejected in scores]
+    else:
+        pairs = itertools.pairwise(zip((x.rating for x in examples), torch.cat(scores).tolist()))
+        ranked = [(a > b) == (score_a > score_b) for (a, score_a), (b, score_b) in pairs if a != b]
+    return {"reward_accuracy": np.mean(ranked).item()} if ranked else {}
 
 
 # --------------------------------------------------------------------------------------------------- loading and saving
@@ -1302,9 +1335,11 @@ def load_hf(auto_class: type, source: str | Path, flag: str, args: Args, **confi
         model, info = auto_class.from_pretrained(base, **kwargs)
         missing = info["missing_keys"]
         if adapter.exists():
-            model.load_adapter(str(source))
-            in_file = {name.removeprefix("base_model.model.") for name in load_file(adapter.with_name(ADAPTER))}
-            missing = (missing | peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()) - in_file
+            adapted = peft.PeftModel.from_pretrained(model, source)
+            in_file = set(load_file(adapter.with_name(ADAPTER)))
+            lacking = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - in_file
+            missing = (missing | lacking) - {name.removeprefix("base_model.model.") for name in in_file}
+            model = adapted.merge_and_unload()
         if missing:
             raise ValueError(f"its files lack {len(missing)} weights, such as {min(missing)}")
     return model
@@ -1365,10 +1400,12 @@ def load_reward(
     source, flag = args.reward_model, "--reward-model"
     classifier = load_hf(transformers.AutoModelForSequenceClassification, source, flag, args, num_labels=1).to(device)
     own = load_tokenizer(source, flag)
+    set_padding(own, args)
+    if len(own) > classifier.get_input_embeddings().num_embeddings:
+        classifier.resize_token_embeddings(len(own))
     if own.get_vocab() == tokenizer.get_vocab() and hasattr(classifier, "score"):
         classifier.config.pad_token_id = tokenizer.pad_token_id
         return Model(Body(classifier, args), classifier.score)
-    own.pad_token = own.pad_token or own.eos_token
     classifier.config.pad_token_id = own.pad_token_id
     body, size = Body(classifier, args), args.micro_batch_size or args.batch_size
 
@@ -1461,9 +1498,10 @@ ADAPTER = "adapter_model.safetensors"  # PEFT's name
 LIMITS = {
     "at least 1": (
         "max_prompt_length response_length sft_batch_size num_feedback reward_steps reward_batch_size total_episodes"
-        " batch_size num_minibatches micro_batch_size update_epochs kl_horizon checkpoint_interval eval_samples",
+        " batch_size num_minibatches micro_batch_size update_epochs kl_horizon checkpoint_interval",
         lambda x: x >= 1,
     ),
+    "at least 2": ("eval_samples", lambda x: x >= 2),
     "between 1 and 1024": ("torch_threads", lambda x: 1 <= x <= 1024),
     "above 0": (
         "temperature sft_learning_rate reward_learning_rate learning_rate kl_target clip_coef max_grad_norm lora_alpha",
@@ -1514,6 +1552,10 @@ def check_batch_args(args: Args, world_size: int) -> None:
     for name in ("sft_batch_size", "reward_batch_size"):
         if getattr(args, name) % world_size:
             raise UserError(f"--{name.replace('_', '-')} must be a multiple of the {world_size} processes")
+    if args.model == "embedded" and not args.sft_steps:
+        raise UserError("--sft-steps 0 is for a --model that has learned to write, and the embedded one has not")
+    if args.kl_target and not args.kl_coef:
+        raise UserError("--kl-target adapts --kl-coef by factors, and 0 stays 0: start with more")
     if args.prompt is not None and not args.play:
         raise UserError("--prompt is for --play POLICY")
 

@@ -601,7 +601,7 @@ def test_reward_model_recovers_a_ranking_from_noisy_ratings(tmp_path):
         with torch.no_grad():
             scores = model.scores(ppo.to_texts(model, [[4]] * 200, [response for response, _ in unseen])).numpy()
         assert np.corrcoef(scores, [count for _, count in unseen])[0, 1] > 0.9
-        assert ppo.ranking_accuracy(model, examples) > 0.7
+        assert ppo.ranking_accuracy(model, examples)["reward_accuracy"] > 0.7
 
 
 def test_over_optimisation_is_visible(tmp_path):
@@ -679,6 +679,7 @@ def test_forms_of_rows(row, expected):
         ('{"prompt": "a", "response": "b", "rating": "good"}', "line 2: its rating 'good' is no number"),
         ('{"prompt": "a", "response": "b", "rating": NaN}', "line 2: its rating nan is no number"),
         ('{"prompt": [{"role": "user", "content": "a"}]}', "line 2: its prompt is a list of messages"),
+        ('{"messages": [{"content": "a"}]}', 'line 2: its messages need "role" and "content"'),
         ('{"prompt": "a", "response": "b"}', "line 2: it has not the form of the rows before"),
     ],
 )
@@ -829,9 +830,29 @@ def test_reward_sources(tmp_path):
     assert score(*given) == pytest.approx(expected, abs=1e-5)
 
 
+def test_bfloat16_and_adapters_as_models(tmp_path):
+    """--bf16 trains all weights of a model, too; the folder of a LoRA policy is a --model like any other."""
+    run_dir, _ = quick_run(tmp_path, "lora", lora_rank=4, learning_rate=0.05, bf16=True)
+    policy = ppo.load_policy(run_dir)
+    args = ppo.Args(model=str(run_dir / "policy"), max_prompt_length=10, response_length=10, lora_rank=4)
+    lm = ppo.load_lm(args.model, policy.tokenizer, args, CPU)
+    base = ppo.load_lm(str(run_dir / "sft"), policy.tokenizer, args, CPU)
+    reference = ppo.Model(ppo.Body(lm, args), lm.get_output_embeddings())
+    texts = ppo.to_texts(reference, *random_texts(reference))
+    with torch.no_grad():
+        hidden, before = reference.hidden_states(texts), ppo.Model(ppo.Body(base, args), None).hidden_states(texts)
+        reference.body.add_adapter("policy", args)
+        again = reference.hidden_states(texts)
+    assert torch.equal(hidden, again)
+    assert (hidden - before).abs().max() > 0.01
+    _, summary = quick_run(tmp_path, "full", bf16=True, model=str(run_dir / "policy"), sft_steps=0)
+    assert math.isfinite(summary["kl"])
+
+
 def test_reward_function_gets_texts(tmp_path):
     """A reward function sees the prompts and the responses as texts, without special tokens."""
-    body = """assert all(isinstance(x, str) and "[" not in x.replace("[UNK]", "") for x in prompts + responses)
+    body = """assert all(isinstance(x, str) and "[" not in x for x in prompts + responses)
+    assert all(not x or x[0] == " " for x in responses)  # so that prompt + response is the whole text
     return [len(p) - len(r) for p, r in zip(prompts, responses)]"""
     _, summary = quick_run(tmp_path, reward_fn=reward_file(tmp_path, body))
     assert "reward_accuracy" not in summary
@@ -947,6 +968,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
     [
         (["--batch-size", "10", "--num-minibatches", "4"], "--batch-size 10 must be a multiple of"),
         (["--total-episodes", "100"], "--total-episodes 100 must be a multiple of --batch-size 64"),
+        (["--sft-steps", "0"], "--sft-steps 0 is for a --model that has learned to write"),
+        (["--kl-target", "3", "--kl-coef", "0"], "--kl-target adapts --kl-coef by factors"),
+        (["--eval-samples", "1"], "--eval-samples must be at least 2"),
         (["--temperature", "0"], "--temperature must be above 0"),
         (["--reward-model", "x", "--reward-fn", "y"], "--reward-model contradicts --reward-fn"),
         (["--reward-fn", "nothing.py:f"], "--reward-fn nothing.py:f (give FILE.py:NAME)"),
