@@ -5,6 +5,7 @@
     python benchmarks/speed.py continuous
     python benchmarks/speed.py llm
     python benchmarks/speed.py rlhf
+    python benchmarks/speed.py rlhf_memory --pairs 1
 
 Prints medians and ranges, and writes them with the machine's name to benchmarks/results/speed/<suite>.json.
 """
@@ -251,10 +252,11 @@ else:
     names = [f"{{x}}_tokens_per_second" for x in ("generation", "update")]
     figures |= {{name: float(last[f"time/{{name}}"]) for name in names}}
 figures["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+if device == "cuda":
+    figures["peak_memory"] = torch.cuda.max_memory_allocated()
 print()
 print(json.dumps(figures))
 """
-SIDES = ("shared", "separate", "trl")
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense FLOP/s, from their data sheets
 
 
@@ -262,7 +264,7 @@ PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # 
 class Args:
     """Speed of our scripts beside their peers."""
 
-    suite: tyro.conf.Positional[Literal["discrete", "continuous", "llm", "rlhf"]]
+    suite: tyro.conf.Positional[Literal["discrete", "continuous", "llm", "rlhf", "rlhf_memory"]]
     """what to measure"""
     pairs: int = 5
     """runs of each side, in turn"""
@@ -445,42 +447,39 @@ def llm(args: Args) -> dict:
 
 
 def rlhf(args: Args) -> dict:
-    """Token-level PPO beside TRL's trainer: episodes/s with a shared and with a separate critic, and peak memory with
-    LoRA at Qwen2-0.5B's size. Where there is a GPU, tokens/s at that size in bfloat16 instead, plain and compiled."""
+    """Token-level PPO beside TRL's trainer: episodes/s with a shared and a separate critic, or peak memory with LoRA
+    at Qwen2-0.5B's size. Where there is a GPU, tokens/s at that size in bfloat16, plain and compiled."""
     import torch
 
     has_gpu = torch.cuda.is_available()
-    sides = {"gpu": ("plain", "compiled")} if has_gpu else {"speed": SIDES, "memory": SIDES}
-    bar = tqdm(total=args.pairs * sum(map(len, sides.values())), unit="run")
-    figures: dict = {work: {side: [] for side in names} for work, names in sides.items()}
-    for work, names in sides.items():
-        with tempfile.TemporaryDirectory() as folder:
-            for _ in range(args.pairs):
-                for side in names:
-                    given = {"folder": folder, "side": side, "work": work, "device": "cuda" if has_gpu else "cpu"}
-                    _, output = run([sys.executable, "-c", RLHF_PROGRAM.format(**given, updates=args.updates)])
-                    figures[work][side].append(json.loads(output.splitlines()[-1]))
-                    bar.update()
+    work = "gpu" if has_gpu else "memory" if args.suite == "rlhf_memory" else "speed"
+    names = ("plain", "compiled") if has_gpu else ("shared", "separate", "trl")
+    bar = tqdm(total=args.pairs * len(names), unit="run")
+    sides: dict[str, list[dict]] = {side: [] for side in names}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(args.pairs):
+            for side in names:
+                given = {"folder": folder, "side": side, "work": work, "device": "cuda" if has_gpu else "cpu"}
+                _, output = run([sys.executable, "-c", RLHF_PROGRAM.format(**given, updates=args.updates)])
+                sides[side].append(json.loads(output.splitlines()[-1]))
+                bar.update()
     bar.close()
-    for work, names in sides.items():
-        print(f"\n{work}: every run a process of its own, one thread")
-        for side in names:
-            results = figures[work][side]
-            rates = [r["episodes_per_second"] for r in results]
-            print(
-                f"  {side:10} {spread(rates, 1)} episodes/s, peak memory "
-                f"{spread([r['peak_memory'] / 1e9 for r in results], 2)} GB"
-            )
-            if has_gpu:
-                for name in ("generation", "update"):
-                    values = [r[f"{name}_tokens_per_second"] for r in results]
-                    print(f"  {'':10} {name} {spread(values)} tokens/s")
-        for side in names[:-1]:
-            last = figures[work][names[-1]]
-            name = "peak_memory" if work == "memory" else "episodes_per_second"
-            ratios = [a[name] / b[name] for a, b in zip(figures[work][side], last)]
+    print(f"\nPPO on {work}: every run a process of its own, one thread")
+    names = ["episodes_per_second", "peak_memory"] + [
+        "generation_tokens_per_second",
+        "update_tokens_per_second",
+    ] * has_gpu
+    figures: dict = {"sides": sides, "ratios": {}}
+    *ours, last = sides
+    for name in names:
+        scale = 1e9 if name == "peak_memory" else 1
+        for side, results in sides.items():
+            print(f"  {name:30} {side:10} {spread([r[name] / scale for r in results], 2)}{' GB' * (scale > 1)}")
+        for side in ours:
+            ratios = [a[name] / b[name] for a, b in zip(sides[side], sides[last])]
+            figures["ratios"][f"{name} of {side} / {last}"] = ratios
             pairs = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-            print(f"  {name} of {side} / {names[-1]}, pair by pair: {pairs}; median {statistics.median(ratios):.2f}")
+            print(f"  {'':30} {side} / {last}, pair by pair: {pairs}; median {statistics.median(ratios):.2f}")
     return figures
 
 
@@ -493,18 +492,21 @@ def main() -> None:
     if args.suite in ("discrete", "continuous") and find_spec("stable_baselines3") is None:
         print("error: stable-baselines3 is missing: pip install -r benchmarks/requirements-peers.txt", file=sys.stderr)
         sys.exit(2)
-    if args.suite == "rlhf" and find_spec("trl") is None:
+    import torch
+
+    on_gpu = torch.cuda.is_available() and args.suite in ("llm", "rlhf", "rlhf_memory")
+    if args.suite.startswith("rlhf") and find_spec("trl") is None and not on_gpu:
         print("error: trl is missing: pip install -r benchmarks/requirements-peers.txt", file=sys.stderr)
         sys.exit(2)
     sys.path.insert(0, str(ROOT))
     from ppo_mlp_discrete import machine
 
-    figures = {"discrete": discrete, "continuous": continuous, "llm": llm, "rlhf": rlhf}[args.suite](args)
+    figures = {"discrete": discrete, "continuous": continuous, "llm": llm, "rlhf": rlhf, "rlhf_memory": rlhf}[
+        args.suite
+    ](args)
     packages = ("torch", "transformers", "peft", "numpy", "gymnasium", "mujoco", "envpool", "stable_baselines3", "trl")
     versions = {name: version(name) for name in packages if find_spec(name)}
-    device = (
-        "_cuda" if "gpu" in figures or "steps_per_second" in figures.get("sides", {"ours": [{}]})["ours"][0] else ""
-    )
+    device = "_cuda" if on_gpu else ""
     size = "_tiny" if args.suite == "llm" and args.llm_id == "tiny-random" else ""
     path = ROOT / "benchmarks/results/speed" / f"{args.suite}{size}{device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
