@@ -125,7 +125,7 @@ class Args:
     feedback: Literal["comparisons", "ratings"] = "comparisons"
     """reviews: what the simulated people give"""
     num_feedback: int = 3000
-    """reviews: pairs of samples that they compare, or samples that they rate"""
+    """reviews: pairs of samples that they compare, or of which they rate both"""
     reward_steps: int = 120
     """steps of training the reward model"""
     reward_batch_size: int = 32
@@ -154,8 +154,8 @@ class Args:
     kl_target: float | None = None
     """adapt kl_coef such that the KL divergence per response comes to this [nats] (Ziegler et al. 2019, §2.2)"""
     kl_horizon: int = 10_000
-    """episodes in which the adaptation moves kl_coef by a factor of e at most 0.2 times"""
-    missing_eos_penalty: float | None = 1.0
+    """episodes per change of kl_coef by a fifth, at most: the larger, the slower it adapts"""
+    missing_eos_penalty: float = 1.0
     """taken off the score of a response that was cut off"""
     whiten_rewards: bool = False
     """divide the rewards of an iteration by their std"""
@@ -527,13 +527,13 @@ def score_tokens(
     the distribution that it was drawn from. Log-probs and values come about just as in `add_gradient`."""
     hidden = policy.hidden_states(texts)[texts.before]  # (M, d)
     log_probs = policy.log_probs(hidden, args.temperature)  # (M, V)
-    chosen, entropy = of_chosen(log_probs, texts.chosen), categorical_entropy(log_probs)
+    chosen_log_probs, entropy = of_chosen(log_probs, texts.chosen), categorical_entropy(log_probs)
     if args.critic == "separate":
         hidden = critic.hidden_states(texts)[texts.before]
     values = critic.outputs(hidden)
     del log_probs  # before others of this size are made
     log_probs = reference.log_probs(reference.hidden_states(texts)[texts.before], args.temperature)
-    return chosen, values, of_chosen(log_probs, texts.chosen), entropy
+    return chosen_log_probs, values, of_chosen(log_probs, texts.chosen), entropy
 
 
 def add_gradient(policy: Model, critic: Model, part: Part, args: Args) -> dict[str, Tensor]:
@@ -555,13 +555,15 @@ def add_gradient(policy: Model, critic: Model, part: Part, args: Args) -> dict[s
     return {name: x.detach() for name, x in parts.items()}
 
 
-def check_start(log_ratio: Tensor, kl: Tensor) -> str:
+def check_start(log_ratio: Tensor, kl: Tensor | None) -> str:
     """Says how far ratio and KL divergence are from 1 and 0 where PPO starts. Raises FloatingPointError where that is
-    more than rounding explains, on any rank. log_ratio, kl: (M,) of the first minibatch and of all tokens."""
-    worst = torch.stack([(log_ratio.exp() - 1).abs().max(), kl.abs().max()])
+    more than rounding explains, on any rank. log_ratio, kl: (M,) of the first minibatch, and of all tokens; None where
+    a resumed policy has left the reference."""
+    found = {"|ratio - 1|": log_ratio.exp() - 1} | ({} if kl is None else {"|log pi - log pi_ref|": kl})
+    worst = torch.stack([x.abs().max() for x in found.values()])
     sum_over_ranks(worst)  # upper bounds of the largest
-    said = f"|ratio - 1| <= {worst[0]:.1e}, |log pi - log pi_ref| <= {worst[1]:.1e}"
-    if not worst[0] <= 1e-6 or not worst[1] <= 1e-3:
+    said = ", ".join(f"{name} <= {x:.1e}" for name, x in zip(found, worst.tolist()))
+    if not (worst <= 1e-6).all():
         raise FloatingPointError(f"before the first step, {said}: a model has dropout or noise of its own")
     return f"before the first step, {said}"
 
@@ -681,7 +683,9 @@ def train(args: Args) -> dict[str, float | str]:
     tokenizer = None if args.model == "embedded" else load_tokenizer(args.model, "--model")
     rows = load_rows(args, tokenizer)
     tokenizer = tokenizer or make_tokenizer(rows)
-    set_padding(tokenizer, args)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {args.model}: its tokenizer has no end-of-sequence token, set eos_token in it")
+    set_padding(tokenizer)
     encoded = encode_rows(rows, tokenizer, args)
     if rank == 0 and len(encoded) < len(rows):
         print(f"{len(rows) - len(encoded)} of {len(rows)} rows are left out: empty or long prompts", file=sys.stderr)
@@ -720,12 +724,7 @@ def train(args: Args) -> dict[str, float | str]:
         return [response for part in parts for response in generate(model, [x.prompt for x in part], *limits)]
 
     def read(prompts: list[Example], responses: list[list[int]]) -> list[str]:
-        # What follows the prompt's text in that of both together, such as a space.
-        starts = tokenizer.batch_decode([x.prompt for x in prompts], skip_special_tokens=True)
-        both = [x.prompt + response for x, response in zip(prompts, responses)]
-        return [
-            text[len(start) :] for start, text in zip(starts, tokenizer.batch_decode(both, skip_special_tokens=True))
-        ]
+        return decode_responses([x.prompt for x in prompts], responses, tokenizer)
 
     def score(prompts: list[Example], responses: list[list[int]]) -> Tensor:
         if not isinstance(reward, Model):
@@ -816,8 +815,7 @@ def train(args: Args) -> dict[str, float | str]:
         prompts, responses = [prompts[i] for i in order], [responses[i] for i in order]
         scores = (score(prompts, responses) - mean) / std  # (B,)
         has_ended = torch.tensor([response[-1] == tokenizer.eos_token_id for response in responses], device=device)
-        if args.missing_eos_penalty is not None:
-            scores = torch.where(has_ended, scores, scores - args.missing_eos_penalty)
+        scores = scores - args.missing_eos_penalty * ~has_ended
 
         # 2. Log-probs and values, in micro-batches that the update will meet again, then rewards and advantages. Those
         # of all tokens stand one after the other, (M,), or in a grid of B responses by L tokens.
@@ -834,7 +832,8 @@ def train(args: Args) -> dict[str, float | str]:
             return x.new_zeros(mask.shape).masked_scatter(mask, x)
 
         k1, k3 = kl_estimates(ref_log_probs - log_probs)
-        rewards = token_rewards(scores, grid(k1 if args.kl_estimator == "k1" else k3), mask, kl_coef)  # (B, L)
+        kl_estimate = grid(k1 if args.kl_estimator == "k1" else k3)  # (B, L)
+        rewards = token_rewards(scores, kl_estimate, mask, kl_coef)  # (B, L)
         if args.whiten_rewards:
             rewards = grid(whiten(rewards[mask], shift_mean=False))
         advantages = masked_gae(rewards, grid(values), mask, args.gamma, args.gae_lambda)[mask]
@@ -853,7 +852,7 @@ def train(args: Args) -> dict[str, float | str]:
                 parameters.grad.zero_()
                 steps = [add_gradient(policy, critic, part, args) for part in minibatch]
                 if not checked:
-                    said = check_start(torch.cat([x["log_ratio"] for x in steps]), k1 if iteration == 0 else 0 * k1)
+                    said = check_start(torch.cat([x["log_ratio"] for x in steps]), k1 if iteration == 0 else None)
                     checked = True
                     if rank == 0:
                         progress.write(said)
@@ -871,7 +870,7 @@ def train(args: Args) -> dict[str, float | str]:
         # steps of this iteration; over all ranks.
         rows = {name: torch.cat([x[name] for x in all_parts]) for name in all_parts[0]}
         ratio = rows["log_ratio"].exp()
-        kl_rewards = -kl_coef * grid(k1 if args.kl_estimator == "k1" else k3).sum(-1)
+        kl_rewards = -kl_coef * kl_estimate.sum(-1)
         columns = {
             "objective/scores": scores,
             "objective/kl": grid(k1).sum(-1),
@@ -988,7 +987,7 @@ class Policy:
         rows = [parse_row({"prompt": prompt}, self.tokenizer) for prompt in prompts]
         encoded = [encode_prompt(row.prompt, self.tokenizer) for row in rows]
         responses = generate(self.model, encoded, self.args.response_length, self.args.temperature)
-        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        return decode_responses(encoded, responses, self.tokenizer)
 
 
 def load_policy(path: str | Path, device: str | torch.device = "cpu") -> Policy:
@@ -1013,7 +1012,7 @@ def play(args: Args) -> None:
         prompt = json.loads(args.prompt) if args.prompt.startswith("[") else args.prompt
         torch.manual_seed(args.seed)
         (response,) = policy.respond([prompt])
-    print(f"{args.prompt} {response}" if isinstance(prompt, str) else response)
+    print(prompt + response if isinstance(prompt, str) else response)
 
 
 def gold_scores(prompts: list[Example], responses: list[str]) -> Tensor:
@@ -1125,15 +1124,16 @@ def ask_people(
     prompts: list[Example], first: list[list[int]], second: list[list[int]], read: Callable, args: Args
 ) -> list[Example]:
     """What simulated people say of samples of the model: which of two responses they like better, or how they rate the
-    first from 1 to 10. They have the gold score in mind, and err."""
+    each from 1 to 10. They have the gold score in mind, and err."""
     rng = random.Random(args.seed)
     judged = []
     for x, a, b, gold_a, gold_b in zip(
         prompts, first, second, *(gold_scores(prompts, read(prompts, y)) for y in (first, second))
     ):
         if args.feedback == "ratings":
-            rating = min(max(round(rng.gauss(7 + 0.7 * gold_a.item(), 1)), 1), 10)
-            judged.append(x._replace(responses=[a], rating=rating))
+            for response, gold in ((a, gold_a), (b, gold_b)):
+                rating = min(max(round(rng.gauss(7 + 0.7 * gold.item(), 1)), 1), 10)
+                judged.append(x._replace(responses=[response], rating=rating))
         else:
             likes_first = rng.random() < 1 / (1 + math.exp((gold_b - gold_a) / 0.5))  # Bradley-Terry
             judged.append(x._replace(responses=[a, b] if likes_first else [b, a]))
@@ -1228,6 +1228,15 @@ def encode_prompt(text: str, tokenizer: transformers.PreTrainedTokenizerBase) ->
     return tokenizer.encode(text, add_special_tokens=not is_started)
 
 
+def decode_responses(
+    prompts: list[list[int]], responses: list[list[int]], tokenizer: transformers.PreTrainedTokenizerBase
+) -> list[str]:
+    """Responses as texts that can follow those of the prompts: what is between the two, such as a space, is theirs."""
+    starts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    both = [prompt + response for prompt, response in zip(prompts, responses)]
+    return [text[len(start) :] for start, text in zip(starts, tokenizer.batch_decode(both, skip_special_tokens=True))]
+
+
 def encode_rows(rows: list[Row], tokenizer: transformers.PreTrainedTokenizerBase, args: Args) -> list[Example]:
     """The rows as token ids, without those whose prompt is empty or too long. Raises UserError where none is left."""
     examples = []
@@ -1306,11 +1315,9 @@ def load_tokenizer(source: str, flag: str) -> transformers.PreTrainedTokenizerBa
         return transformers.AutoTokenizer.from_pretrained(source)
 
 
-def set_padding(tokenizer: transformers.PreTrainedTokenizerBase, args: Args) -> None:
+def set_padding(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     """Gives the tokenizer a padding token of its own, if it has none or pads with the end token, which has to be told
-    from padding. Raises UserError for one without an end token."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"--model {args.model}: its tokenizer has no end-of-sequence token, set eos_token in it")
+    from padding."""
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
 
@@ -1400,7 +1407,7 @@ def load_reward(
     source, flag = args.reward_model, "--reward-model"
     classifier = load_hf(transformers.AutoModelForSequenceClassification, source, flag, args, num_labels=1).to(device)
     own = load_tokenizer(source, flag)
-    set_padding(own, args)
+    set_padding(own)
     if len(own) > classifier.get_input_embeddings().num_embeddings:
         classifier.resize_token_embeddings(len(own))
     if own.get_vocab() == tokenizer.get_vocab() and hasattr(classifier, "score"):

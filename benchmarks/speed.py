@@ -242,7 +242,7 @@ else:
         model=str(folder / "model"), dataset=str(folder / "rows.jsonl"), sft_steps=0, reward_batch_size=8,
         total_episodes=batch * updates, batch_size=batch, num_minibatches=1, update_epochs=epochs,
         micro_batch_size=64 if work == "gpu" else None,
-        critic="separate" if side == "separate" else "shared", missing_eos_penalty=None, eval_samples=4,
+        critic="separate" if side == "separate" else "shared", missing_eos_penalty=0.0, eval_samples=4,
         torch_threads=1, device=device, run_dir=str(folder / f"run{{time.time_ns()}}"),
         **settings, **sources, **gpu,
     )

@@ -101,7 +101,7 @@ def make_policy(tmp_path, kind="qwen2", **args):
     folder = make_folder(tmp_path / kind, kind)
     args = ppo.Args(model=folder, max_prompt_length=20, response_length=12, **args)
     tokenizer = ppo.load_tokenizer(folder, "--model")
-    ppo.set_padding(tokenizer, args)
+    ppo.set_padding(tokenizer)
     lm = ppo.load_lm(folder, tokenizer, args, CPU)
     return ppo.Model(ppo.Body(lm, args), lm.get_output_embeddings()), tokenizer, args
 
@@ -154,7 +154,7 @@ def test_01_padding_is_a_token_of_its_own():
     """Point 1: a token that ends texts is no padding, or it would be masked."""
     tokenizer = ppo.make_tokenizer([ppo.Row("a b")])
     tokenizer.pad_token = tokenizer.eos_token
-    ppo.set_padding(tokenizer, ppo.Args())
+    ppo.set_padding(tokenizer)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
@@ -470,7 +470,7 @@ def test_19_reward_losses(tmp_path):
 
 def test_19_scores_are_normalised_on_the_reference(tmp_path, monkeypatch):
     """Point 19: where PPO starts, the reference's scores have mean 0 and std 1, whatever the reward model's are."""
-    args = {"reward_fn": None, "learning_rate": 1e-9, "missing_eos_penalty": None, "eval_samples": 200}
+    args = {"reward_fn": None, "learning_rate": 1e-9, "missing_eos_penalty": 0.0, "eval_samples": 200}
     run_dir, calls = spied_run(tmp_path, monkeypatch, **args)
     scores = torch.cat([given[0] for given, _ in calls["token_rewards"]])
     assert scores.mean().item() == pytest.approx(0, abs=0.5)
@@ -553,7 +553,7 @@ def test_closed_form_optimum(tmp_path):
     return [sum(table[w] * (1 + i) for i, w in enumerate(x.split())) - 2 * ("a b" in x) for x in responses]"""
     reward = reward_file(tmp_path, body)
     ppo_args = {"total_episodes": 25_600, "batch_size": 256, "num_minibatches": 2, "micro_batch_size": 128}
-    ppo_args |= {"learning_rate": 2e-3, "kl_coef": 0.5, "missing_eos_penalty": None, "eval_samples": 10}
+    ppo_args |= {"learning_rate": 2e-3, "kl_coef": 0.5, "missing_eos_penalty": 0.0, "eval_samples": 10}
     run_dir = tmp_path / "run"
     given = {"model": str(tmp_path / "model"), "dataset": str(tmp_path / "rows.jsonl"), "reward_fn": reward}
     args = ppo.replace(args, **given, **ppo_args, sft_steps=0, run_dir=str(run_dir))
@@ -745,6 +745,30 @@ def test_the_example_file(tmp_path):
     assert [json.loads(line)["rating"] for line in path.read_text().splitlines()] == [10, 7, 4, 9, 6]
     _, summary = quick_run(tmp_path, dataset=str(path))
     assert math.isfinite(summary["kl"])
+
+
+def test_simulated_people_follow_the_gold_score_and_err():
+    """Of a review 2 better, 98 % like it more (1 / (1 + e^-4)); ratings rise by 0.7 per point of gold, with noise."""
+    good, bad = "was great . that is all .", "was cold . that is all ."
+    tokenizer = ppo.make_tokenizer([ppo.Row(f"the soup {good} {bad}")])
+    prompts = [ppo.Example("the soup", tokenizer.encode("the soup"), [], None)] * 2000
+    pair = [[tokenizer.encode(text)] * 2000 for text in (good, bad)]
+
+    def read(prompts, responses):
+        return ppo.decode_responses([x.prompt for x in prompts], responses, tokenizer)
+
+    compared = ppo.ask_people(prompts, *pair, read, ppo.Args())
+    assert np.mean([x.responses[0] == pair[0][0] for x in compared]) == pytest.approx(0.982, abs=0.01)
+    rated = ppo.ask_people(prompts, *pair, read, ppo.Args(feedback="ratings"))
+    means = [np.mean([x.rating for x in rated if x.responses == [y[0]]]) for y in pair]
+    assert means == pytest.approx([7.7, 6.3], abs=0.1)
+    assert len({x.rating for x in rated}) > 5
+
+
+def test_ratings_of_reviews(tmp_path):
+    run_dir, summary = quick_run(tmp_path, feedback="ratings")
+    assert 0 <= summary["reward_accuracy"] <= 1
+    assert (run_dir / "reward_model").exists()
 
 
 def test_hub_data_set(tmp_path, monkeypatch):
