@@ -1,0 +1,131 @@
+"""What a suite is, and how its committed results are read: used by run.py, which writes them, and plot.py.
+
+A suite is a file suites/NAME.toml: one script, groups of runs (a task with a setting, as flags of the script) and a
+number of seeds. Each run leaves two files in results/NAME/: TASK__SETTING__SEED.csv with its metrics on a fixed grid of
+steps, and a .json beside it with all that the figures depend on, and the .csv's checksum.
+"""
+
+import ast
+import csv
+import hashlib
+import io
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SUITES = Path(__file__).parent / "suites"
+RESULTS = Path(__file__).parent / "results"
+
+
+class BenchmarkError(Exception):
+    """What is wrong with a suite or a result, in one line, and the mend."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a suite."""
+
+    suite: str
+    script: str
+    task: str
+    setting: str
+    flags: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        return f"{self.task}__{self.setting}__{self.seed}"
+
+    @property
+    def command(self) -> str:
+        """What starts it. One thread: more would change the figures' last bits, and the runs share the cores."""
+        return " ".join(["python", self.script, *self.flags.split(), "--torch-threads", "1", "--seed", str(self.seed)])
+
+
+@dataclass(frozen=True)
+class Suite:
+    """suites/NAME.toml."""
+
+    name: str
+    title: str
+    script: str
+    seeds: int  # 1 to this
+    timeout_minutes: float  # a run that takes longer is stopped
+    grid: int  # steps between two rows of a result
+    until: int  # step of its last row
+    metrics: list[str]  # columns of metrics.csv that a result keeps
+    groups: list[dict[str, str]]  # task, setting, flags
+    headline: str = ""  # figure of summary.json that the table shows
+    published: list[dict] = field(default_factory=list)  # figures of others
+
+    def runs(self, seeds: int) -> list[Run]:
+        """All runs, seed by seed, so that a part of them covers all groups."""
+        return [
+            Run(self.name, self.script, seed=seed, **group) for seed in range(1, seeds + 1) for group in self.groups
+        ]
+
+
+def load_suite(name: str) -> Suite:
+    """The suite of that name. Raises BenchmarkError."""
+    path = SUITES / f"{name}.toml"
+    if not path.is_file():
+        names = ", ".join(sorted(path.stem for path in SUITES.glob("*.toml")))
+        raise BenchmarkError(f"there is no suite {name}: choose one of {names}")
+    return Suite(name, **tomllib.loads(path.read_text()))
+
+
+def code_hash(script: Path) -> str:
+    """Hash of a script without its comments and docstrings, which change no figure."""
+    tree = ast.parse(script.read_text())
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [x for x in node.body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def on_grid(suite: Suite, metrics: str) -> str:
+    """A run's metrics.csv, as text, on the suite's grid: each row the mean of the iterations that ended since the row
+    before, the last one with all that come after. Iterations of before the first figure (nan) do not count."""
+    rows = list(csv.DictReader(io.StringIO(metrics)))
+    lines = [",".join(["global_step", *suite.metrics])]
+    for step in range(suite.grid, suite.until + 1, suite.grid):
+        end = step if step < suite.until else float("inf")
+        within = [row for row in rows if step - suite.grid < int(row["global_step"]) <= end]
+        cells = []
+        for name in suite.metrics:
+            values = [x for x in (float(row[name]) for row in within) if x == x]
+            cells.append(repr(sum(values) / len(values)) if values else "nan")
+        lines.append(",".join([str(step), *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def checksum(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_result(suite: Suite, run: Run, folder: Path) -> tuple[dict, dict[str, list[float]]] | None:
+    """Record and columns of a run's files in folder; None where there are none. Raises BenchmarkError for files that
+    are cut short, changed, or of another form than the suite's."""
+    json_path, csv_path = (folder / f"{run.name}{ending}" for ending in (".json", ".csv"))
+    if not json_path.exists() and not csv_path.exists():
+        return None
+    mend = f"python benchmarks/run.py {suite.name} runs it again"
+    try:
+        record = json.loads(json_path.read_text())
+        text = csv_path.read_text()
+        whole = record["csv_sha256"] == checksum(text)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchmarkError(f"{json_path} or its .csv is missing or cut short: {mend}") from error
+    if not whole:
+        raise BenchmarkError(f"{csv_path} is not what the run wrote (cut short or changed): {mend}")
+    rows = list(csv.DictReader(io.StringIO(text)))
+    columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
+    if [*columns] != ["global_step", *suite.metrics] or columns["global_step"] != [
+        float(step) for step in range(suite.grid, suite.until + 1, suite.grid)
+    ]:
+        raise BenchmarkError(f"{csv_path} has other columns or steps than the suite: {mend}")
+    return record, columns
