@@ -95,11 +95,16 @@ def run_on_ray(runs: list[Run], timeout: float, address: str, workers: int) -> I
         raise BenchmarkError("--ray needs a package: pip install -r benchmarks/requirements-ray.txt") from None
     excludes = [".git", ".venv", "runs", "benchmarks/results", "tests"]
     cluster = {"address": "local", "num_cpus": workers, "include_dashboard": False}
-    ray.init(
-        **(cluster if address == "local" else {"address": address}),
-        runtime_env={"working_dir": str(ROOT), "excludes": excludes},
-        log_to_driver=False,
-    )
+    environment = {"working_dir": str(ROOT), "excludes": excludes}
+    try:
+        ray.init(
+            **(cluster if address == "local" else {"address": address}),
+            runtime_env=environment,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise BenchmarkError(f"--ray {address}: {str(error).splitlines()[0]}") from error
     task = ray.remote(num_cpus=1)(execute)  # "." is the scripts' copy
     waiting = {task.remote(run.command.split(), ".", timeout): run for run in runs}
     while waiting:
@@ -201,13 +206,12 @@ def check(suite: Suite, folder: Path) -> bool:
         print(f"bit for bit as in {folder / runs[0].name}.csv")
         return True
     value, others = record["summary"][suite.headline], [r["summary"][suite.headline] for r, _ in results]
-    within = min(others) <= value <= max(others)
+    low, high = min(others), max(others)
+    within = low <= value <= high
     print(
         f"not bit for bit as in {folder / runs[0].name}.csv: {differences(runs[0], results[0][0]) or 'another machine'}"
     )
-    print(
-        f"{suite.headline} {value:g} is {'within' if within else 'OUTSIDE'} the seeds' {min(others):g} to {max(others):g}"
-    )
+    print(f"{suite.headline} {value:g} is {'within' if within else 'OUTSIDE'} the seeds' {low:g} to {high:g}")
     return within
 
 

@@ -1,13 +1,11 @@
 """Speed side by side with peers: the same work in turn, every run a fresh process, ratios pair by pair.
 
     pip install -r requirements.txt -r benchmarks/requirements-peers.txt
+    python benchmarks/speed.py all --pairs 3
     python benchmarks/speed.py discrete
-    python benchmarks/speed.py continuous
-    python benchmarks/speed.py llm
-    python benchmarks/speed.py rlhf
-    python benchmarks/speed.py rlhf_memory --pairs 1
 
-Prints medians and ranges, and writes them with the machine's name to benchmarks/results/speed/<suite>.json.
+Prints medians and ranges, and writes them with the machine's name to benchmarks/results/speed/<suite>.json, of which
+benchmarks/plot.py makes the README's table.
 """
 
 import json
@@ -17,16 +15,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from ppo_mlp_discrete import machine  # noqa: E402
 
 # CleanRL's settings for CartPole-v1, in the flags of ppo_mlp_discrete.py and as stable-baselines3 calls them.
 CLEANRL = "--update-epochs 4 --num-minibatches 4 --learning-rate 2.5e-4 --gamma 0.99"
@@ -264,10 +267,10 @@ PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # 
 class Args:
     """Speed of our scripts beside their peers."""
 
-    suite: tyro.conf.Positional[Literal["discrete", "continuous", "llm", "rlhf", "rlhf_memory"]]
+    suite: tyro.conf.Positional[Literal["all", "discrete", "continuous", "llm", "rlhf", "rlhf_memory"]]
     """what to measure"""
     pairs: int = 5
-    """runs of each side, in turn"""
+    """runs of each side, in turn; of rlhf_memory, whose figures hardly vary, one where it is part of all"""
     steps: int | None = None
     """environment steps per run of the throughput comparison, not of llm; default 100,000, continuous 20,480"""
     llm_id: Literal["qwen2-0.5b-random", "tiny-random"] = "qwen2-0.5b-random"
@@ -301,17 +304,40 @@ def run_sb3(model: str, seed: int, steps: int, target: float | None = None) -> d
     return json.loads(output) | {"wall": wall}
 
 
-def spread(values: list[float], digits: int = 0) -> str:
+def compare(script: str, work: str, unit: str, peer: str, ours: list[float], theirs: list[float]) -> dict:
+    """A comparison, as it is written down and printed. The ratio says how many times as fast ours is, of memory which
+    share of theirs it takes."""
+    is_time = unit in ("s", "ms")
+    ratios = [b / a if is_time else a / b for a, b in zip(ours, theirs)]
+    return {"script": script, "work": work, "unit": unit, "peer": peer} | {
+        "ours": ours,
+        "theirs": theirs,
+        "ratios": ratios,
+    }
+
+
+def spread(values: list[float]) -> str:
     """median (minimum to maximum)"""
+    digits = 0 if statistics.median(values) >= 100 else 2
     low, middle, high = (f"{f(values):,.{digits}f}" for f in (min, statistics.median, max))
     return f"{middle} ({low} to {high})"
+
+
+def show(comparison: dict) -> None:
+    """Prints a comparison."""
+    print(f"{comparison['work']}, {comparison['unit']}: median (range)")
+    for name, side in ((comparison["script"], "ours"), (comparison["peer"], "theirs")):
+        print(f"  {name:28} {spread(comparison[side]) if comparison[side] else 'never'}")
+    if comparison["ratios"]:
+        pairs = ", ".join(f"{ratio:.2f}" for ratio in comparison["ratios"])
+        print(f"  {'ratio pair by pair':28} {pairs}; median {statistics.median(comparison['ratios']):.2f}")
 
 
 def discrete(args: Args) -> dict:
     """CartPole-v1: steps/s at equal work, seconds to a mean return of 475, and steps/s by number of environments."""
     total_steps = args.steps or 100_000
     shapes = {4: 128, 64: 128, 1024: 16}  # environments: steps per rollout
-    bar = tqdm(total=4 * args.pairs + len(shapes) * 3, unit="run")
+    bar = tqdm(total=4 * args.pairs + len(shapes) * 3, unit="run", desc="discrete")
 
     def step(result: dict) -> dict:
         bar.update()
@@ -333,26 +359,21 @@ def discrete(args: Args) -> dict:
     bar.close()
 
     rates = [[result["steps_per_second"] for result in side] for side in (ours, theirs)]
-    ratios = [a / b for a, b in zip(*rates)]
-    print("\nsame work: 4 envs x 128 steps, 4 epochs x 4 minibatches, 64-64 tanh, one thread each")
-    print("(environments as each makes them by default: CartPoleVectorEnv of gymnasium here, DummyVecEnv there)")
-    print(f"  ppo_mlp_discrete.py    {spread(rates[0])} steps/s")
-    print(f"  stable-baselines3      {spread(rates[1])} steps/s")
-    pairs = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-    print(f"  ratio pair by pair     {pairs}; median {statistics.median(ratios):.2f}")
-    print("seconds from process start to a mean return of 475 over 100 training episodes, own best settings")
-    reached = [r["wall"] for r in solved_ours if r["train_return"] >= 475]
-    reached_theirs = [r["wall"] for r in solved_theirs if r["mean_return"] >= 475]
-    for name, walls in (("ppo_mlp_discrete.py", reached), ("stable-baselines3", reached_theirs)):
-        seconds = f"{spread(walls, 1)} s, " if walls else ""
-        print(f"  {name:22} {seconds}{len(walls)} of {args.pairs} seeds reached it")
-    print("steps/s by number of environments, one thread")
-    for envs, values in throughput.items():
-        print(f"  {envs:>5} envs x {shapes[envs]:>3} steps  {spread(values)}")
+    reached = [
+        (a["wall"], b["wall"])
+        for a, b in zip(solved_ours, solved_theirs)
+        if a["train_return"] >= 475 and b["mean_return"] >= 475
+    ]
+    # Environments are what each side makes by default: gymnasium's CartPoleVectorEnv here, DummyVecEnv there.
+    work = "CartPole-v1, 4 envs × 128 steps, 4 epochs × 4 minibatches, 64-64 tanh"
+    solve = f"CartPole-v1 from process start to a mean return of 475, own best settings ({len(reached)} seeds reach it)"
+    peer, script = "stable-baselines3", "ppo_mlp_discrete.py"
     return {
-        "same_work": {"ours": rates[0], "stable_baselines3": rates[1], "ratios": ratios},
-        "seconds_to_475": {"ours": reached, "stable_baselines3": reached_theirs, "seeds": args.pairs},
-        "steps_per_second_by_envs": throughput,
+        "comparisons": [
+            compare(script, work, "steps/s", peer, *rates),
+            compare(script, solve, "s", peer, *(list(side) for side in zip(*reached))),
+        ],
+        "steps_per_second_by_envs": {f"{envs} × {shapes[envs]}": values for envs, values in throughput.items()},
     }
 
 
@@ -362,7 +383,7 @@ def continuous(args: Args) -> dict:
     total_steps = args.steps or 20_480
     shapes = {1: 2048, 8: 256, 64: 32}  # environments: steps per rollout
     modes = ["sync"] + (["envpool"] if find_spec("envpool") else [])
-    bar = tqdm(total=3 * args.pairs + 2 * len(modes) * len(shapes), unit="run")
+    bar = tqdm(total=3 * args.pairs + 2 * len(modes) * len(shapes), unit="run", desc="continuous")
 
     def step(result: dict) -> float:
         bar.update()
@@ -377,37 +398,28 @@ def continuous(args: Args) -> dict:
         program = SIMULATOR_PROGRAM.format(envs=envs, mode=mode, steps=total_steps)
         return step(json.loads(run([sys.executable, "-c", program])[1]))
 
-    same_work = {"ours": [], "stable_baselines3": [], "simulator": []}
+    rates, theirs, alone = [], [], []
     for seed in range(1, args.pairs + 1):
-        same_work["ours"].append(ours(1, "sync", seed))
-        same_work["stable_baselines3"].append(step(run_sb3(SB3_MUJOCO, seed, total_steps)))
-        same_work["simulator"].append(simulator(1, "sync"))
+        rates.append(ours(1, "sync", seed))
+        theirs.append(step(run_sb3(SB3_MUJOCO, seed, total_steps)))
+        alone.append(simulator(1, "sync"))
     throughput = {
-        mode: {envs: {"training": ours(envs, mode, 1), "simulator": simulator(envs, mode)} for envs in shapes}
+        f"{mode}, {envs} × {shapes[envs]}": {"training": ours(envs, mode, 1), "simulator": simulator(envs, mode)}
         for mode in modes
+        for envs in shapes
     }
     bar.close()
-
-    same_work["ratios"] = [a / b for a, b in zip(same_work["ours"], same_work["stable_baselines3"])]
-    same_work["simulator_share"] = [a / b for a, b in zip(same_work["ours"], same_work["simulator"])]
-    print("\nsame work: HalfCheetah-v5, 1 env x 2048 steps, 10 epochs x 32 minibatches, 64-64 tanh, one thread each")
-    print(f"  ppo_mlp_continuous.py  {spread(same_work['ours'])} steps/s")
-    print(f"  stable-baselines3      {spread(same_work['stable_baselines3'])} steps/s")
-    pairs = ", ".join(f"{ratio:.2f}" for ratio in same_work["ratios"])
-    print(f"  ratio pair by pair     {pairs}; median {statistics.median(same_work['ratios']):.2f}")
-    print(f"  the simulator alone    {spread(same_work['simulator'])} steps/s")
-    print(f"  its share of our time  {spread([100 * share for share in same_work['simulator_share']])} %")
-    print("training steps/s (simulator alone) by number of environments, 2048 rows per iteration, one run each")
-    print(f"(networks in one thread; sync steps in it too, EnvPool in threads of its own on {os.cpu_count()} cores)")
-    for mode, by_envs in throughput.items():
-        cells = [f"{n:>3} envs {r['training']:>6,.0f} ({r['simulator']:>6,.0f})" for n, r in by_envs.items()]
-        print(f"  {mode:8} {'   '.join(cells)}")
-    return {"same_work": same_work, "steps_per_second_by_envs": throughput}
+    work = "HalfCheetah-v5, 1 env × 2048 steps, 10 epochs × 32 minibatches, 64-64 tanh"
+    return {
+        "comparisons": [compare("ppo_mlp_continuous.py", work, "steps/s", "stable-baselines3", rates, theirs)],
+        "simulator": alone,  # its steps/s alone, in each pair; networks have one thread, EnvPool has its own
+        "steps_per_second_by_envs": throughput,
+    }
 
 
 def llm(args: Args) -> dict:
     """A language model as policy: forward pass, update and peak memory of ours and of the document's construct."""
-    bar = tqdm(total=2 * args.pairs, unit="run")
+    bar = tqdm(total=2 * args.pairs, unit="run", desc="llm")
     sides = {"ours": [], "document": []}
     for seed in range(1, args.pairs + 1):
         for side, results in sides.items():
@@ -416,45 +428,37 @@ def llm(args: Args) -> dict:
             bar.update()
     bar.close()
 
+    def both(work: str, unit: str, figure: Callable[[dict], float]) -> dict:
+        values = [[figure(result) for result in results] for results in sides.values()]
+        name = {"qwen2-0.5b-random": "Qwen2-0.5B's size", "tiny-random": "tiny body"}[args.llm_id]
+        return compare("ppo_llm_policy.py", f"{name}, LoRA: {work}", unit, "the document's construct", *values)
+
     first = sides["ours"][0]
-    work = {"forward": f"forward of {first['states']} states", "update": f"update of {first['rows']} states"}
-    figures = {"llm_id": args.llm_id, "sides": sides, "ratios": {}}
-    print(f"\n{args.llm_id} with LoRA as the policy of CartPole-v1, every run a process of its own")
-    for name, text in work.items():
-        times = {side: [1000 * statistics.median(r[name]) for r in results] for side, results in sides.items()}
-        ratios = figures["ratios"][name] = [b / a for a, b in zip(*times.values())]
-        for side, values in times.items():
-            print(f"  {text:24} {side:10} {spread(values, 1)} ms")
-        pairs = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(f"  {'':24} ratio pair by pair {pairs}; median {statistics.median(ratios):.2f}")
-    for side, results in sides.items():
-        print(f"  peak memory              {side:10} {spread([r['peak_memory'] / 1e9 for r in results], 2)} GB")
-    if "steps_per_second" in first:
-        from ppo_mlp_discrete import machine
-
-        for side, results in sides.items():
-            rates = [r["steps_per_second"] for r in results]
-            print(f"  training, 256 environments, bf16  {side:10} {spread(rates)} steps/s")
-        # Of a state: one pass to act, one to score, and in each epoch one forward and one backward, which is as much
-        # because the body is frozen; two operations per weight and pass.
-        passes = 2 + 2 * first["update_epochs"]
-        flops = 2 * first["body_parameters"] * passes * statistics.median(r["steps_per_second"] for r in sides["ours"])
-        peak = next((value for name, value in PEAK_BF16.items() if name in machine()), None)
-        share = f", {100 * flops / peak:.1f} % of the GPU's peak" if peak else ""
-        print(f"  body's arithmetic in our training: {flops / 1e12:.1f} TFLOP/s{share}")
-        figures |= {"flops": flops, "peak_flops": peak}
-    return figures
+    comparisons = [
+        both(f"forward of {first['states']} states", "ms", lambda r: 1000 * statistics.median(r["forward"])),
+        both(f"update of {first['rows']} states", "ms", lambda r: 1000 * statistics.median(r["update"])),
+        both("peak memory", "GB", lambda r: r["peak_memory"] / 1e9),
+    ]
+    if "steps_per_second" not in first:
+        return {"comparisons": comparisons}
+    comparisons.append(both("training, 256 environments, bfloat16", "steps/s", lambda r: r["steps_per_second"]))
+    # Of a state: one pass to act, one to score, and in each epoch one forward and one backward, which is as much
+    # because the body is frozen; two operations per weight and pass.
+    passes = 2 + 2 * first["update_epochs"]
+    flops = 2 * first["body_parameters"] * passes * statistics.median(r["steps_per_second"] for r in sides["ours"])
+    peak = next((value for name, value in PEAK_BF16.items() if name in machine()), None)
+    share = f", {100 * flops / peak:.1f} % of the GPU's peak" if peak else ""
+    print(f"the body's arithmetic in our training: {flops / 1e12:.1f} TFLOP/s{share}")
+    return {"comparisons": comparisons, "flops": flops, "peak_flops": peak}
 
 
-def rlhf(args: Args) -> dict:
+def rlhf(args: Args, memory: bool = False) -> dict:
     """Token-level PPO beside TRL's trainer: episodes/s with a shared and a separate critic, or peak memory with LoRA
     at Qwen2-0.5B's size. Where there is a GPU, tokens/s at that size in bfloat16, plain and compiled."""
-    import torch
-
     has_gpu = torch.cuda.is_available()
-    work = "gpu" if has_gpu else "memory" if args.suite == "rlhf_memory" else "speed"
-    names = ("plain", "compiled") if has_gpu else ("shared", "separate", "trl")
-    bar = tqdm(total=args.pairs * len(names), unit="run")
+    work = "gpu" if has_gpu else "memory" if memory else "speed"
+    names = ("compiled", "plain") if has_gpu else ("shared", "separate", "trl")
+    bar = tqdm(total=args.pairs * len(names), unit="run", desc="rlhf_memory" if memory else "rlhf")
     sides: dict[str, list[dict]] = {side: [] for side in names}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.pairs):
@@ -464,54 +468,57 @@ def rlhf(args: Args) -> dict:
                 sides[side].append(json.loads(output.splitlines()[-1]))
                 bar.update()
     bar.close()
-    print(f"\nPPO on {work}: every run a process of its own, one thread")
-    names = ["episodes_per_second", "peak_memory"] + [
-        "generation_tokens_per_second",
-        "update_tokens_per_second",
-    ] * has_gpu
-    figures: dict = {"sides": sides, "ratios": {}}
-    *ours, last = sides
-    for name in names:
-        scale = 1e9 if name == "peak_memory" else 1
-        for side, results in sides.items():
-            print(f"  {name:30} {side:10} {spread([r[name] / scale for r in results], 2)}{' GB' * (scale > 1)}")
-        for side in ours:
-            ratios = [a[name] / b[name] for a, b in zip(sides[side], sides[last])]
-            figures["ratios"][f"{name} of {side} / {last}"] = ratios
-            pairs = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-            print(f"  {'':30} {side} / {last}, pair by pair: {pairs}; median {statistics.median(ratios):.2f}")
-    return figures
+    *ours, peer = names
+    size = "4-layer, 128-wide Qwen2, 64 prompts × 24 tokens, 4 epochs" if work == "speed" else "Qwen2-0.5B's size, LoRA"
+    figures = [("episodes_per_second", "episodes/s", 1)] if work == "speed" else [("peak_memory", "GB", 1e9)]
+    if has_gpu:
+        figures += [(f"{part}_tokens_per_second", f"{part} tokens/s", 1) for part in ("generation", "update")]
+    return {
+        "comparisons": [
+            compare(
+                "ppo_rlhf_token.py",
+                f"{size}, {side}" + " critic" * (peer == "trl"),
+                unit,
+                "TRL" if peer == "trl" else peer,
+                *([result[figure] / scale for result in sides[x]] for x in (side, peer)),
+            )
+            for figure, unit, scale in figures
+            for side in ours
+        ]
+    }
 
 
 def main() -> None:
-    """Runs a suite, prints it and writes it down."""
+    """Runs suites, prints them and writes them down."""
     args = tyro.cli(Args)
     if args.pairs < 1 or (args.steps or 2048) < 2048:
         print("error: --pairs must be at least 1 and --steps at least 2048", file=sys.stderr)
         sys.exit(2)
-    if args.suite in ("discrete", "continuous") and find_spec("stable_baselines3") is None:
-        print("error: stable-baselines3 is missing: pip install -r benchmarks/requirements-peers.txt", file=sys.stderr)
-        sys.exit(2)
-    import torch
-
-    on_gpu = torch.cuda.is_available() and args.suite in ("llm", "rlhf", "rlhf_memory")
-    if args.suite.startswith("rlhf") and find_spec("trl") is None and not on_gpu:
-        print("error: trl is missing: pip install -r benchmarks/requirements-peers.txt", file=sys.stderr)
-        sys.exit(2)
-    sys.path.insert(0, str(ROOT))
-    from ppo_mlp_discrete import machine
-
-    figures = {"discrete": discrete, "continuous": continuous, "llm": llm, "rlhf": rlhf, "rlhf_memory": rlhf}[
-        args.suite
-    ](args)
+    suites = {
+        "discrete": discrete,
+        "continuous": continuous,
+        "llm": llm,
+        "rlhf": rlhf,
+        "rlhf_memory": lambda args: rlhf(replace(args, pairs=1) if args.suite == "all" else args, memory=True),
+    }
+    chosen = list(suites) if args.suite == "all" else [args.suite]
+    has_gpu = torch.cuda.is_available()
+    needed = {"stable_baselines3": {"discrete", "continuous"}, "trl": set() if has_gpu else {"rlhf", "rlhf_memory"}}
+    for package, users in needed.items():
+        if users & set(chosen) and find_spec(package) is None:
+            print(f"error: {package} is missing: pip install -r benchmarks/requirements-peers.txt", file=sys.stderr)
+            sys.exit(2)
     packages = ("torch", "transformers", "peft", "numpy", "gymnasium", "mujoco", "envpool", "stable_baselines3", "trl")
     versions = {name: version(name) for name in packages if find_spec(name)}
-    device = "_cuda" if on_gpu else ""
-    size = "_tiny" if args.suite == "llm" and args.llm_id == "tiny-random" else ""
-    path = ROOT / "benchmarks/results/speed" / f"{args.suite}{size}{device}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "versions": versions} | figures, indent=2) + "\n")
-    print(f"on {machine()}; written to {path.relative_to(ROOT)}")
+    for name in chosen:
+        figures = suites[name](args)
+        for comparison in figures["comparisons"]:
+            show(comparison)
+        device = "_cuda" if has_gpu and name in ("llm", "rlhf", "rlhf_memory") else ""
+        size = "_tiny" if name == "llm" and args.llm_id == "tiny-random" else ""
+        path = ROOT / "benchmarks/results/speed" / f"{name}{size}{device}.json"
+        path.write_text(json.dumps({"machine": machine(), "versions": versions} | figures, indent=1) + "\n")
+        print(f"on {machine()}; written to {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -57,9 +57,23 @@ class Suite:
     grid: int  # steps between two rows of a result
     until: int  # step of its last row
     metrics: list[str]  # columns of metrics.csv that a result keeps
+    xlabel: str  # what a step is
+    figures: list[dict]  # figures of summary.json for the table: name, label, digits, scale; the first one matters most
+    panels: list[dict[str, str]]  # metrics to draw for each task: metric, label
+    settings: dict[str, str]  # what they are called
     groups: list[dict[str, str]]  # task, setting, flags
-    headline: str = ""  # figure of summary.json that the table shows
-    published: list[dict] = field(default_factory=list)  # figures of others
+    normalise: dict[str, tuple[float, float]] = field(default_factory=dict)  # task: returns that score 0 and 1
+    published: list[dict] = field(
+        default_factory=list
+    )  # figures of others: source, url, seeds, metric, version, values
+    frontier: dict[str, str] = field(
+        default_factory=dict
+    )  # kl: its metric; metrics to draw over its root, their labels
+
+    @property
+    def headline(self) -> str:
+        """The figure of summary.json that matters most."""
+        return self.figures[0]["name"]
 
     def runs(self, seeds: int) -> list[Run]:
         """All runs, seed by seed, so that a part of them covers all groups."""

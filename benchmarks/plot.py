@@ -1,0 +1,421 @@
+"""Draws the results of all suites and writes the figures and tables of README.md and benchmarks/README.md.
+
+    python benchmarks/plot.py             # writes what has changed
+    python benchmarks/plot.py --check     # says what would change; exit code 1 if anything does
+
+Reads results/ and suites/ alone. A curve is the mean over the seeds with its 95 % bootstrap interval, each seed thin
+beneath it. The interquartile mean (IQM) over tasks, of normalised scores, follows Agarwal et al. 2021
+(https://arxiv.org/abs/2108.13264).
+"""
+
+import hashlib
+import json
+import re
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from suite import RESULTS, ROOT, BenchmarkError, Suite, load_suite, read_result
+
+FIGURES = Path(__file__).parent / "figures"
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/README.md")
+ORDER = ("classic", "mujoco", "llm", "pizza", "rlhf")  # of the suites in tables
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
+
+
+@dataclass
+class Group:
+    """All results of a task with a setting."""
+
+    task: str
+    setting: str
+    records: list[dict]  # of each seed
+    curves: dict[str, np.ndarray]  # metric: (S, P), seeds x points of the grid
+
+    def figure(self, name: str) -> np.ndarray:
+        """A figure of all seeds' summary.json, (S,)."""
+        return np.array([record["summary"][name] for record in self.records])
+
+
+def load_results(suite: Suite, folder: Path) -> list[Group]:
+    """The suite's groups with the seeds that are there. Raises BenchmarkError for broken results, and for some that do
+    not belong together: other flags than the suite's, or code or versions that differ among them."""
+    groups = {(group["task"], group["setting"]): [] for group in suite.groups}
+    first = None
+    for run in suite.runs(suite.seeds):
+        result = read_result(suite, run, folder)
+        if result is None:
+            continue
+        record, _ = result
+        if record["command"] != run.command:
+            raise BenchmarkError(f"{folder / run.name}.json was made by another command: {record['command']}")
+        first = first or record
+        for name in ("code", "versions"):
+            if record[name] != first[name]:
+                raise BenchmarkError(
+                    f"{folder / run.name}.json differs from the others in {name}: benchmarks/run.py {suite.name} --redo"
+                )
+        groups[run.task, run.setting].append(result)
+    if not first:
+        raise BenchmarkError(f"{folder} holds no results: python benchmarks/run.py {suite.name} makes them")
+    return [
+        Group(
+            *key,
+            [record for record, _ in results],
+            {name: np.array([columns[name] for _, columns in results]) for name in suite.metrics},
+        )
+        for key, results in groups.items()
+        if results
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 2_000) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile interval of the mean over seeds.
+
+    values: (S, ...), a row per seed. Returns low and high, (...): the 2.5 and 97.5 % quantiles of the means of
+    resamples with replacement (Efron & Tibshirani 1993, §13.3).
+    """
+    seeds = len(values)
+    drawn = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), resamples)  # (R, S)
+    means = np.tensordot(drawn / seeds, values, 1)
+    low, high = np.quantile(means, (0.025, 0.975), axis=0)
+    return low, high
+
+
+def iqm(scores: np.ndarray) -> float:
+    """Interquartile mean: the mean without the lowest and the highest quarter (rounded down) of all scores."""
+    cut = scores.size // 4
+    return float(np.sort(scores, axis=None)[cut : scores.size - cut].mean())
+
+
+def iqm_interval(scores: list[np.ndarray], resamples: int = 2_000) -> tuple[float, float]:
+    """95 % percentile interval of the IQM, seeds resampled within each task. scores: (S,) of each task."""
+    rng = np.random.default_rng(0)
+    values = [iqm(np.concatenate([rng.choice(x, len(x)) for x in scores])) for _ in range(resamples)]
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def draw_curve(axes: Axes, x: np.ndarray, curves: np.ndarray, colour: str, label: str) -> None:
+    """Each seed thin, the mean thick, its interval as a band. x: (P,), curves: (S, P). Points at which not all seeds
+    have a figure are left out of mean and band."""
+    axes.plot(x, curves.T, color=colour, alpha=0.35, linewidth=0.6)
+    whole = ~np.isnan(curves).any(0)
+    low, high = bootstrap_interval(curves[:, whole])
+    axes.fill_between(x[whole], low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.plot(x[whole], curves[:, whole].mean(0), color=colour, linewidth=2, label=label)
+
+
+def draw_frontier(axes: Axes, group: Group, frontier: dict[str, str], title: str) -> None:
+    """Scores over the root of the KL divergence (Gao et al. 2022, fig. 1): each seed thin, mean over seeds thick."""
+    for colour, (metric, label) in zip(("tab:purple", "tab:green"), list(frontier.items())[1:]):
+        root = np.sqrt(np.maximum(group.curves[frontier["kl"]], 0))
+        axes.plot(root.T, group.curves[metric].T, color=colour, alpha=0.35, linewidth=0.6)
+        axes.plot(root.mean(0), group.curves[metric].mean(0), color=colour, linewidth=2, label=label)
+    axes.set(xlabel="square root of the KL divergence [nats]", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def draw(suite: Suite, groups: list[Group]) -> Figure:
+    """All panels of a suite in a row: a task each, or a metric each, then the frontiers."""
+    tasks = list(dict.fromkeys(group.task for group in groups))
+    frontiers = groups if suite.frontier else []
+    count = len(tasks) * len(suite.panels) + len(frontiers)
+    figure = Figure(figsize=(3.6 * count, 3.3), layout="constrained")
+    all_axes = iter(np.atleast_1d(figure.subplots(1, count)))
+    x = np.arange(suite.grid, suite.until + 1, suite.grid)
+    for task in tasks:
+        for panel in suite.panels:
+            axes = next(all_axes)
+            for colour, (setting, label) in zip(COLOURS, suite.settings.items()):
+                for group in groups:
+                    if (group.task, group.setting) == (task, setting):
+                        draw_curve(axes, x, group.curves[panel["metric"]], colour, label)
+            axes.set(xlabel=suite.xlabel, ylabel=panel["label"], title=task)
+            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+            axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+    for group, axes in zip(frontiers, all_axes):
+        draw_frontier(axes, group, suite.frontier, suite.settings[group.setting])
+    return figure
+
+
+def fingerprint(groups: list[Group]) -> str:
+    """Which results a figure was drawn from."""
+    sums = sorted(record["csv_sha256"] for group in groups for record in group.records)
+    return "drawn from results " + hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def number(value: float, digits: int = 1) -> str:
+    """With thousands' commas and a proper minus."""
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def cell(values: np.ndarray, digits: int = 1, scale: float = 1) -> str:
+    """mean (its 95 % interval)"""
+    low, high = bootstrap_interval(values)
+    mean, low, high = (number(scale * x, digits) for x in (values.mean(), low, high))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def figure_cell(group: Group, figure: dict) -> str:
+    """A figure of a group, as the suite wants it shown."""
+    return cell(group.figure(figure["name"]), figure.get("digits", 1), figure.get("scale", 1))
+
+
+def published_cell(source: dict, task: str) -> str:
+    """What a source published for a task."""
+    values = source["values"].get(task)
+    if not values:
+        return ""
+    digits = 0 if abs(values[0]) >= 1000 or all(float(x).is_integer() for x in values) else 1
+    return " ± ".join(number(value, digits) for value in values)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machines(groups: list[Group]) -> str:
+    """On what the runs were made."""
+    return " and ".join(sorted({record["machine"] for group in groups for record in group.records}))
+
+
+def results_table(suite: Suite, groups: list[Group]) -> str:
+    """Figures of each task and setting beside the published ones, with seeds, time and what the columns are."""
+    head = ["task", "setting", "seeds", *[figure["label"] for figure in suite.figures]]
+    head += [source["source"] for source in suite.published] + ["seconds"]
+    rows = []
+    for group in groups:
+        seconds = [record["seconds"] for record in group.records]
+        rows.append(
+            [group.task, suite.settings[group.setting], str(len(group.records))]
+            + [figure_cell(group, figure) for figure in suite.figures]
+            + [published_cell(source, group.task) for source in suite.published]
+            + [number(statistics.median(seconds), 0)]
+        )
+    main = suite.figures[0]
+    notes = ["Mean over seeds (95 % bootstrap interval of it); seconds: median from process start to end."]
+    notes += [
+        f"[{s['source']}]({s['url']})" * ("url" in s)
+        + s["source"] * ("url" not in s)
+        + f": {s['metric']}; {s['seeds']} seed{'s' * (s['seeds'] > 1)}; {s['version']}."
+        for s in suite.published
+    ]
+    versions = groups[0].records[0]["versions"]
+    notes.append(", ".join(f"{name} {text}" for name, text in versions.items()) + f"; {machines(groups)}.")
+    each = [
+        f"- {group.task}, {suite.settings[group.setting]}: "
+        + ", ".join(number(main.get("scale", 1) * x, main.get("digits", 1)) for x in group.figure(main["name"]))
+        for group in groups
+    ]
+    seeds = f"Each seed's {main['label']}:\n\n" + "\n".join(each)
+    return "\n\n".join([table(head, rows), " ".join(notes), seeds, *iqm_table(suite, groups)])
+
+
+def iqm_table(suite: Suite, groups: list[Group]) -> list[str]:
+    """The suite's IQM for each setting; nothing where scores are not normalised."""
+    if not suite.normalise:
+        return []
+    rows = []
+    for setting, label in suite.settings.items():
+        scores = [
+            (group.figure(suite.headline) - suite.normalise[group.task][0]) / np.ptp(suite.normalise[group.task])
+            for group in groups
+            if group.setting == setting
+        ]
+        low, high = (number(x, 2) for x in iqm_interval(scores))
+        rows.append([label, f"{number(iqm(np.concatenate(scores)), 2)} ({low} to {high})"])
+    limits = "; ".join(f"{task} {number(a, 0)} and {number(b)}" for task, (a, b) in suite.normalise.items())
+    note = f"Scores are linear in the {suite.figures[0]['label']}; 0 and 1 are, for {limits}."
+    return [table(["setting", "interquartile mean of the normalised scores of all tasks and seeds"], rows), note]
+
+
+def overview_table(loaded: dict[str, tuple[Suite, list[Group]]]) -> str:
+    """One line for each task with our own setting: what it reaches, what is published, how long it takes."""
+    rows = []
+    for suite, groups in loaded.values():
+        main = suite.figures[0]
+        for group in groups:
+            if group.setting != "ours":
+                continue
+            published = [
+                f"{published_cell(source, group.task)} ({source['source']})"
+                for source in suite.published
+                if published_cell(source, group.task)
+            ]
+            seconds = statistics.median(record["seconds"] for record in group.records)
+            rows.append(
+                [
+                    f"`{suite.script}`",
+                    group.task,
+                    main["label"],
+                    f"{figure_cell(group, main)}, {len(group.records)} seeds",
+                    ", ".join(published),
+                    number(seconds / 60),
+                ]
+            )
+    return table(["script", "task", "figure", "mean (95 % interval)", "published", "minutes"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------- speed
+
+
+def spread(values: list[float], digits: int = 0) -> str:
+    """median (minimum to maximum)"""
+    middle, low, high = (number(f(values), digits) for f in (statistics.median, min, max))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def speed_table(measured: dict[str, dict]) -> str:
+    """All comparisons of speed.py: ours, the peer, the ratio pair by pair, the machine."""
+    rows = []
+    for result in measured.values():
+        for c in result["comparisons"]:
+            ours, theirs = (spread(c[side], 0 if min(c["ours"]) >= 100 else 1) for side in ("ours", "theirs"))
+            ratio = spread(c["ratios"], 2) + "×"
+            pairs = f"{len(c['ratios'])} pair" + "s" * (len(c["ratios"]) > 1)
+            work = f"{c['work']}, {c['unit']}"
+            rows.append(
+                [f"`{c['script']}`", work, ours, f"{theirs}, {c['peer']}", f"{ratio}, {pairs}", result["machine"]]
+            )
+    return table(["script", "work", "this", "peer", "ratio", "on"], rows)
+
+
+def environments_table(measured: dict[str, dict]) -> str:
+    """Steps/s by number and kind of environments."""
+    discrete, continuous = (measured[name]["steps_per_second_by_envs"] for name in ("discrete", "continuous"))
+    rows = [["CartPole-v1", shape, spread(values), ""] for shape, values in discrete.items()]
+    rows += [
+        [
+            "HalfCheetah-v5, " + shape.split(", ")[0],
+            shape.split(", ")[1],
+            number(x["training"], 0),
+            number(x["simulator"], 0),
+        ]
+        for shape, x in continuous.items()
+    ]
+    return table(["environments", "number × steps", "training, steps/s", "simulator alone, steps/s"], rows)
+
+
+def times_table(loaded: dict[str, tuple[Suite, list[Group]]]) -> str:
+    """How long each suite takes on two cores: half the time that its runs took, two side by side."""
+    rows = []
+    for name, (suite, groups) in loaded.items():
+        seconds = [record["seconds"] for group in groups for record in group.records]
+        runs = len(suite.runs(suite.seeds))
+        hours = statistics.mean(seconds) * runs / 2 / 3600
+        time = f"{number(hours)} hours" if hours >= 1 else f"{number(60 * hours, 0)} minutes"
+        rows.append([f"`python benchmarks/run.py {name}`", f"`{suite.script}`", str(runs), time, machines(groups)])
+    return table(["command", "script", "runs", "on 2 cores", "measured on"], rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ documents
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """A document with its tables replaced: what stands between <!-- plot.py: NAME --> and <!-- end -->."""
+
+    def block(match: re.Match) -> str:
+        if match[1] not in tables:
+            raise BenchmarkError(f"plot.py makes no table {match[1]}, only {', '.join(tables)}")
+        return f"<!-- plot.py: {match[1]} -->\n{tables[match[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- plot\.py: (\w+) -->\n.*?<!-- end -->", block, text, flags=re.S)
+
+
+def relink(text: str) -> str:
+    """A document with the line numbers of its links into scripts: [`compute_gae`](ppo_mlp_discrete.py#L1) to where the
+    function or class is defined, [`train`, part 2](...) to where that part of it begins."""
+
+    def link(match: re.Match) -> str:
+        label, name, part, script = match.groups()
+        wanted = rf"\s+# {part}\. " if part else rf"(def|class) {name}\b"
+        for count, line in enumerate((ROOT / script).read_text().splitlines(), 1):
+            if re.match(wanted, line):
+                return f"[{label}]({script}#L{count})"
+        raise BenchmarkError(f"{script} has no {label}, to which a document links")
+
+    return re.sub(r"\[(`(\w+)`(?:, part (\d))?)\]\((ppo_\w+\.py)#L\d+\)", link, text)
+
+
+def outputs() -> tuple[dict[Path, str], dict[Path, tuple[Suite, list[Group]]]]:
+    """What the documents should be, and of what the figures should be drawn."""
+    loaded = {}
+    for name in ORDER:
+        suite = load_suite(name)
+        loaded[name] = suite, load_results(suite, RESULTS / name)
+    measured = {}
+    for name in ("discrete", "continuous", "llm", "rlhf", "rlhf_memory"):
+        path = RESULTS / "speed" / f"{name}.json"
+        try:
+            measured[name] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise BenchmarkError(
+                f"{path} is missing or cut short: python benchmarks/speed.py {name} makes it"
+            ) from error
+    tables = {name: results_table(suite, groups) for name, (suite, groups) in loaded.items()} | {
+        "overview": overview_table(loaded),
+        "times": times_table(loaded),
+        "speed": speed_table(measured),
+        "environments": environments_table(measured),
+    }
+    documents = {path: relink(fill(path.read_text(), tables)) for path in DOCUMENTS}
+    return documents, {FIGURES / f"{name}.svg": value for name, value in loaded.items()}
+
+
+def stale() -> list[Path]:
+    """Documents and figures that do not show the results that are there."""
+    documents, figures = outputs()
+    wrong = [path for path, text in documents.items() if path.read_text() != text]
+    return wrong + [
+        path
+        for path, (_, groups) in figures.items()
+        if not path.exists() or fingerprint(groups) not in path.read_text()
+    ]
+
+
+def main() -> None:
+    """The command line."""
+    if sys.argv[1:] not in ([], ["--check"]):
+        print("error: the only flag is --check", file=sys.stderr)
+        sys.exit(2)
+    try:
+        if sys.argv[1:]:
+            wrong = stale()
+            print(*(f"{path.relative_to(ROOT)} does not show the results" for path in wrong), sep="\n")
+            sys.exit(bool(wrong))
+        documents, figures = outputs()
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    for path, text in documents.items():
+        path.write_text(text)
+    matplotlib.rcParams |= {"svg.hashsalt": "ppo", "svg.fonttype": "path"}  # equal results, equal files
+    FIGURES.mkdir(exist_ok=True)
+    for path, (suite, groups) in figures.items():
+        metadata = {"Date": None, "Description": fingerprint(groups)}
+        draw(suite, groups).savefig(path, metadata=metadata)
+    print(f"wrote {len(documents)} documents and {len(figures)} figures")
+
+
+if __name__ == "__main__":
+    main()

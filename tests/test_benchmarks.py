@@ -1,0 +1,452 @@
+"""The runner with runs that fail, hang and die; results that are cut, changed or foreign; tables and figures."""
+
+import csv
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import plot
+import pytest
+import run as runner
+import scipy.stats
+import speed
+from suite import BenchmarkError, Suite, code_hash, load_suite, on_grid, read_result
+
+ROOT = Path(__file__).parent.parent
+# A script that behaves like ours as far as the runner can see: it leaves a run of three iterations, or it does not.
+TOY = '''
+"""A toy."""
+import argparse, importlib.metadata, json, os, platform, signal, sys, time
+from pathlib import Path
+parser = argparse.ArgumentParser()
+parser.add_argument("--how", default="well")
+parser.add_argument("--bonus", type=float, default=0)
+for name in ("--seed", "--torch-threads"):
+    parser.add_argument(name, type=int)
+parser.add_argument("--run-dir", type=Path)
+args = parser.parse_args()
+with open("started", "a") as file:
+    file.write(f"{args.how} {args.seed}\\n")
+with open("processes", "a") as file:
+    file.write(f"{os.getpid()}\\n")
+if not Path("mended").exists():
+    if args.how == "fail":
+        sys.exit("error: there is no such task")
+    if args.how == "hang":
+        print("waiting", flush=True)
+        time.sleep(1000)
+    if args.how == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+args.run_dir.mkdir()
+luck = float(os.environ.get("LUCK", "0"))
+rows = [(step, args.seed + step / 10 + luck) for step in (9, 19, 31)]
+(args.run_dir / "metrics.csv").write_text("global_step,return\\n" + "".join(f"{a},{b}\\n" for a, b in rows))
+versions = {"python": platform.python_version(), "numpy": importlib.metadata.version("numpy")}
+config = {"args": {"seed": args.seed}, "versions": versions, "machine": "a toy's"}
+(args.run_dir / "config.json").write_text(json.dumps(config))
+(args.run_dir / "summary.json").write_text(json.dumps({"final": args.seed + args.bonus + luck}))
+'''
+SUITE = """
+title = "Toys"
+script = "toy.py"
+seeds = 2
+timeout_minutes = 0.05
+grid = 10
+until = 30
+metrics = ["return"]
+xlabel = "steps"
+figures = [{name = "final", label = "final figure"}]
+panels = [{metric = "return", label = "return"}]
+settings = {ours = "as it is"}
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A function that makes a folder with the runner, the toy, and a suite with a task for each given way to end."""
+
+    def make(*ways, flags=""):
+        (tmp_path / "benchmarks/suites").mkdir(parents=True)
+        for name in ("run.py", "suite.py"):
+            shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks")
+        (tmp_path / "toy.py").write_text(TOY)
+        groups = [f'[[groups]]\ntask = "{way}"\nsetting = "ours"\nflags = "--how {way}{flags}"\n' for way in ways]
+        (tmp_path / "benchmarks/suites/toys.toml").write_text(SUITE + "\n".join(groups))
+        return tmp_path
+
+    return make
+
+
+def start_runner(project, *argv):
+    command = [sys.executable, "benchmarks/run.py", "toys", *argv]
+    return subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_toys(project, *argv):
+    """Exit code, stdout and stderr of the runner."""
+    process = start_runner(project, *argv)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def started(project):
+    """What has been started, in order of names."""
+    return sorted((project / "started").read_text().split("\n")[:-1])
+
+
+def alive(process):
+    """Whether a process number is that of one that has not ended; one that waits to be reaped has."""
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def results(project):
+    return {path.name: path.read_bytes() for path in (project / "benchmarks/results/toys").iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------------------- the runner
+
+
+def test_failing_hanging_and_dying_runs(project):
+    """They are shown with their last lines while the others go on; the next call does what is missing, no more."""
+    folder = project("well", "fail", "hang", "die")
+    code, out, err = run_toys(folder, "--seeds", "1", "--workers", "4")
+    assert code == 1
+    assert "1 of 4 runs are in" in out
+    assert "3 failed" in out
+    assert re.search(r"FAILED fail__ours__1: exit code 1\n\s+error: there is no such task", err)
+    assert re.search(r"FAILED hang__ours__1: no end within 0.05 minutes\n\s+waiting", err)
+    assert "FAILED die__ours__1: signal 9" in err
+    before = results(folder)
+    assert sorted(before) == ["well__ours__1.csv", "well__ours__1.json"]
+
+    (folder / "mended").touch()
+    (folder / "started").unlink()
+    code, out, _ = run_toys(folder)
+    assert code == 0
+    assert "8 of 8 runs are in" in out
+    assert started(folder) == ["die 1", "die 2", "fail 1", "fail 2", "hang 1", "hang 2", "well 2"]
+    assert before.items() <= results(folder).items()
+    assert len(results(folder)) == 16
+
+
+def test_broken_results_are_redone_and_foreign_ones_are_not_mixed_in(project):
+    folder = project("well")
+    assert run_toys(folder)[0] == 0
+    whole = results(folder)
+    paths = [folder / "benchmarks/results/toys" / name for name in ("well__ours__1.csv", "well__ours__2.json")]
+    for path in paths:  # cut short, as a full disk leaves them
+        path.write_bytes(path.read_bytes()[:-20])
+    (folder / "started").unlink()
+    code, _, err = run_toys(folder)
+    assert code == 0
+    assert "well__ours__1.csv is not what the run wrote" in err
+    assert "well__ours__2.json or its .csv is missing or cut short" in err
+    assert started(folder) == ["well 1", "well 2"]
+    assert {name: text for name, text in results(folder).items() if name.endswith("csv")} == {
+        name: text for name, text in whole.items() if name.endswith("csv")
+    }
+
+    record = json.loads(paths[1].read_text())
+    record["versions"]["numpy"] = "1.0"
+    paths[1].write_text(json.dumps(record))
+    code, _, err = run_toys(folder)
+    assert code == 2
+    assert f"numpy 1.0 (now {np.__version__})" in err
+    assert run_toys(folder, "--redo")[0] == 0
+    assert json.loads(paths[1].read_text())["versions"]["numpy"] == np.__version__
+
+    toy = folder / "toy.py"
+    toy.write_text(toy.read_text().replace('"""A toy."""', '"""The same toy."""  # a comment'))
+    (folder / "started").unlink()
+    assert run_toys(folder)[0] == 0  # comments change nothing
+    assert not (folder / "started").exists()
+    toy.write_text(toy.read_text().replace("step / 10", "step / 11"))
+    code, _, err = run_toys(folder)
+    assert code == 2
+    assert "has code " in err
+    suite = folder / "benchmarks/suites/toys.toml"
+    suite.write_text(suite.read_text().replace("--how well", "--how well --bonus 1"))
+    assert "has command python toy.py --how well --torch" in run_toys(folder)[2]
+
+
+def test_a_stopped_runner_stops_its_runs_and_goes_on_later(project):
+    folder = project("well", "hang")
+    suite = folder / "benchmarks/suites/toys.toml"
+    suite.write_text(suite.read_text().replace("0.05", "5"))
+    process = start_runner(folder, "--workers", "2")
+    for _ in range(1000):
+        if (folder / "started").exists() and started(folder) == ["hang 1", "hang 2", "well 1", "well 2"]:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130, out
+    assert "the same command goes on" in err
+    assert not any(alive(int(line)) for line in (folder / "processes").read_text().split())
+    (folder / "mended").touch()
+    (folder / "started").unlink()
+    assert run_toys(folder)[0] == 0
+    assert started(folder) == ["hang 1", "hang 2"]
+
+
+def test_ray_gives_the_same_results(project):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -r benchmarks/requirements-ray.txt")
+    folder = project("well", "fail", "die")
+    (folder / "mended").touch()
+    assert run_toys(folder)[0] == 0
+    here = results(folder)
+    shutil.rmtree(folder / "benchmarks/results")
+    (folder / "mended").unlink()
+    code, out, err = run_toys(folder, "--ray", "local", "--workers", "2")
+    assert code == 1, err
+    assert "2 of 6 runs are in" in out
+    assert "error: there is no such task" in err
+    assert "FAILED die__ours__2: signal 9" in err
+    there = results(folder)
+    assert sorted(there) == [f"well__ours__{seed}.{ending}" for seed in (1, 2) for ending in ("csv", "json")]
+    for name, text in there.items():
+        if name.endswith(".csv"):
+            assert text == here[name]
+        else:
+            records = [json.loads(x) | {"seconds": 0} for x in (text, here[name])]
+            assert records[0] == records[1]
+
+
+def test_check_compares_with_the_committed_result(project, monkeypatch):
+    folder = project("well")
+    code, _, err = run_toys(folder, "--check")
+    assert code == 2
+    assert "lacks results: python benchmarks/run.py toys makes them" in err
+    assert run_toys(folder)[0] == 0
+    before = results(folder)
+    code, out, _ = run_toys(folder, "--check")
+    assert code == 0
+    assert "bit for bit" in out
+    monkeypatch.setenv("LUCK", "0.5")  # between the seeds' 1 and 2
+    code, out, _ = run_toys(folder, "--check")
+    assert code == 0
+    assert "final 1.5 is within the seeds' 1 to 2" in out
+    monkeypatch.setenv("LUCK", "1.5")
+    code, out, _ = run_toys(folder, "--check")
+    assert code == 1
+    assert "final 2.5 is OUTSIDE the seeds' 1 to 2" in out
+    assert results(folder) == before
+
+
+@pytest.mark.parametrize("flag", ["--workers", "--seeds"])
+def test_wrong_flags_end_with_one_line(project, flag):
+    code, _, err = run_toys(project("well"), flag, "0")
+    assert (code, err) == (2, "error: --workers and --seeds must be at least 1\n")
+
+
+def test_unknown_suite():
+    command = [sys.executable, "benchmarks/run.py", "classics"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no suite classics: choose one of classic, llm, mujoco, pizza, rlhf\n"
+
+
+def test_a_real_run(tmp_path):
+    """The runner's CSV is the script's own metrics.csv on the grid, whatever else stands in it."""
+    flags = "--num-steps 32 --num-envs 4 --total-timesteps 1000 --eval-episodes 0"
+    run = replace(load_suite("classic").runs(1)[0], flags=flags)
+    suite = replace(load_suite("classic"), grid=250, until=1000)
+    outcome = runner.execute(run.command.split(), str(ROOT), 100)
+    record, text = runner.result_of(suite, run, outcome)
+    runner.save(tmp_path, run.name, record, text)
+    script = [sys.executable, run.script, *flags.split(), "--seed", "1", "--run-dir", str(tmp_path / "run")]
+    subprocess.run(script, cwd=ROOT, check=True, capture_output=True)
+    with open(tmp_path / "run/metrics.csv") as file:
+        rows = [(int(row["global_step"]), float(row["charts/episodic_return"])) for row in csv.DictReader(file)]
+    assert rows[-1][0] > 1000
+    _, columns = read_result(suite, run, tmp_path)
+    ends = [(0, 250), (250, 500), (500, 750), (750, 2000)]
+    want = [np.nanmean([value for step, value in rows if low < step <= high]) for low, high in ends]
+    assert columns["charts/episodic_return"] == pytest.approx(want)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert record["flags"] == config["args"] | {"torch_threads": 1}
+    assert (record["versions"], record["machine"]) == (config["versions"], config["machine"])
+    assert record["code"] == code_hash(ROOT / run.script)
+    assert runner.differences(run, record) == ""
+
+
+# -------------------------------------------------------------------------------------------------- results and figures
+
+
+def toy_suite(**changes):
+    groups = [{"task": task, "setting": "ours", "flags": f"--env-id {task}"} for task in ("A", "B")]
+    published = {"source": "Them", "url": "https://them", "seeds": 3, "metric": "a mean", "version": "v4"}
+    settings = {
+        "name": "toys",
+        "title": "Toys",
+        "script": "ppo_mlp_discrete.py",
+        "seeds": 4,
+        "timeout_minutes": 1,
+        "grid": 10,
+        "until": 30,
+        "metrics": ["return"],
+        "xlabel": "steps",
+        "figures": [{"name": "final", "label": "final figure", "digits": 2}],
+        "panels": [{"metric": "return", "label": "return"}],
+        "settings": {"ours": "as it is"},
+        "groups": groups,
+        "normalise": {"A": (0, 10), "B": (-10, 0)},
+        "published": [published | {"values": {"A": [7.25, 1]}}],
+    }
+    return Suite(**settings | changes)
+
+
+@pytest.fixture
+def toys(tmp_path):
+    """A suite and a folder with its results: returns of seed s are s, 2 s, 3 s, final figures 2 s and -s."""
+    suite = toy_suite()
+    for run in suite.runs(suite.seeds):
+        metrics = "global_step,return\n" + "".join(f"{10 * i},{i * run.seed}\n" for i in (1, 2, 3))
+        config = {"args": {}, "versions": {"torch": "2"}, "machine": "a toy's"}
+        summary = {"final": 2 * run.seed if run.task == "A" else -run.seed}
+        texts = {"metrics.csv": metrics, "config.json": json.dumps(config), "summary.json": json.dumps(summary)}
+        runner.save(tmp_path, run.name, *runner.result_of(suite, run, texts | {"seconds": 60.0 + run.seed}))
+    return suite, tmp_path
+
+
+def test_grid_by_hand():
+    suite = toy_suite(grid=10, until=30)
+    metrics = "iteration,global_step,return\n" + "1,4,nan\n2,10,1\n3,11,2\n4,20,4\n5,29,5\n6,33,7\n"
+    assert on_grid(suite, metrics) == "global_step,return\n10,1.0\n20,3.0\n30,6.0\n"
+    assert on_grid(suite, "global_step,return\n4,nan\n20,2\n") == "global_step,return\n10,nan\n20,2.0\n30,nan\n"
+
+
+def test_bootstrap_interval_equals_scipys():
+    values = np.random.default_rng(1).normal(size=(7, 3))
+    low, high = plot.bootstrap_interval(values, resamples=100_000)
+    want = scipy.stats.bootstrap((values,), np.mean, method="percentile", n_resamples=100_000, rng=2)
+    assert low == pytest.approx(want.confidence_interval.low, abs=0.015)
+    assert high == pytest.approx(want.confidence_interval.high, abs=0.015)
+
+
+@pytest.mark.parametrize("size", [4, 10, 40])
+def test_iqm_is_the_trimmed_mean(size):
+    scores = np.random.default_rng(size).exponential(size=size)
+    assert plot.iqm(scores) == pytest.approx(scipy.stats.trim_mean(scores, 0.25))
+
+
+def test_iqm_interval_resamples_within_tasks():
+    """Tasks whose seeds agree leave nothing to resample, however far apart the tasks are."""
+    assert plot.iqm_interval([np.full(5, 1.0), np.full(5, 3.0)]) == (2.0, 2.0)
+    low, high = plot.iqm_interval([np.arange(10.0)])
+    want = scipy.stats.bootstrap(
+        (np.arange(10.0),), lambda x, axis: scipy.stats.trim_mean(x, 0.25, axis), method="percentile", rng=1
+    ).confidence_interval
+    assert (low, high) == pytest.approx((want.low, want.high), abs=0.3)
+
+
+def test_table_by_hand(toys):
+    suite, folder = toys
+    groups = plot.load_results(suite, folder)
+    text = plot.results_table(suite, groups)
+    assert "| task | setting | seeds | final figure | Them | seconds |" in text
+    low, high = plot.bootstrap_interval(np.array([2.0, 4, 6, 8]))
+    assert f"| A | as it is | 4 | 5.00 ({low:.2f} to {high:.2f}) | 7.2 ± 1.0 | 62 |" in text
+    assert re.search(r"\| B \| as it is \| 4 \| −2\.50 \(−3\.\d\d to −1\.\d\d\) \|  \| 62 \|", text)
+    assert "- A, as it is: 2.00, 4.00, 6.00, 8.00" in text
+    assert "[Them](https://them): a mean; 3 seeds; v4." in text
+    assert "torch 2; a toy's" in text
+    # scores .2 .4 .6 .8 and .9 .8 .7 .6: without two at each end .6 .6 .7 .8
+    assert "| as it is | 0.68 (" in text
+
+
+def test_figure_shows_each_seed_the_mean_and_its_interval(toys):
+    suite, folder = toys
+    groups = plot.load_results(suite, folder)
+    figure = plot.draw(suite, groups)
+    assert [axes.get_title() for axes in figure.axes] == ["A", "B"]
+    for axes in figure.axes:
+        *thin, mean = axes.lines
+        assert [line.get_ydata().tolist() for line in thin] == [[s, 2 * s, 3 * s] for s in (1, 2, 3, 4)]
+        assert mean.get_xdata().tolist() == [10, 20, 30]
+        assert mean.get_ydata().tolist() == [2.5, 5, 7.5]
+        assert mean.get_linewidth() > 2 * thin[0].get_linewidth()
+        low, high = plot.bootstrap_interval(np.array([1.0, 2, 3, 4]))
+        (band,) = axes.collections
+        edge = band.get_paths()[0].vertices
+        assert edge[edge[:, 0] == 30, 1].min() == pytest.approx(3 * low)
+        assert edge[edge[:, 0] == 30, 1].max() == pytest.approx(3 * high)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record, text: (record, text[:-5]), "A__ours__2.csv is not what the run wrote"),
+        (lambda record, text: (record, text.replace("30,6", "30,9")), "A__ours__2.csv is not what the run wrote"),
+        (lambda record, text: (record, None), "A__ours__2.json or its .csv is missing or cut short"),
+        (lambda record, text: ({}, text), "A__ours__2.json or its .csv is missing or cut short"),
+        (lambda record, text: (record | {"versions": {"torch": "3"}}, text), "differs from the others in versions"),
+        (lambda record, text: (record | {"code": "0"}, text), "differs from the others in code"),
+        (lambda record, text: (record | {"command": "python x.py"}, text), "made by another command: python x.py"),
+    ],
+)
+def test_broken_and_foreign_results_are_not_drawn(toys, change, message):
+    suite, folder = toys
+    path, table = folder / "A__ours__2.json", folder / "A__ours__2.csv"
+    record, text = change(json.loads(path.read_text()), table.read_text())
+    path.write_text(json.dumps(record))
+    table.unlink() if text is None else table.write_text(text)
+    with pytest.raises(BenchmarkError, match=re.escape(message)):
+        plot.load_results(suite, folder)
+
+
+def test_results_of_another_grid_or_none_at_all(toys, tmp_path):
+    suite, folder = toys
+    with pytest.raises(BenchmarkError, match="other columns or steps than the suite"):
+        plot.load_results(replace(suite, grid=15), folder)
+    with pytest.raises(BenchmarkError, match=r"holds no results: python benchmarks/run\.py toys makes them"):
+        plot.load_results(suite, tmp_path / "nowhere")
+
+
+def test_tables_and_links_are_put_where_they_belong():
+    text = "a\n<!-- plot.py: one -->\nold\n<!-- end -->\nb\n<!-- plot.py: two -->\n<!-- end -->\n"
+    filled = plot.fill(text, {"one": "| 1 |", "two": "| 2 |", "three": ""})
+    assert filled == text.replace("old", "| 1 |").replace("two -->\n", "two -->\n| 2 |\n")
+    with pytest.raises(BenchmarkError, match="no table two"):
+        plot.fill(text, {"one": ""})
+    linked = plot.relink("[`compute_gae`](ppo_mlp_discrete.py#L1), [`train`, part 2](ppo_mlp_discrete.py#L1)")
+    lines = (ROOT / "ppo_mlp_discrete.py").read_text().splitlines()
+    first, second = (lines[int(line) - 1] for line in re.findall(r"#L(\d+)", linked))
+    assert first.startswith("def compute_gae(")
+    assert second.strip().startswith("# 2. ")
+    with pytest.raises(BenchmarkError, match="no `nothing`"):
+        plot.relink("[`nothing`](ppo_mlp_discrete.py#L1)")
+
+
+# ------------------------------------------------------------------------------------------------- what is committed
+
+
+def test_documents_and_figures_show_the_committed_results():
+    assert plot.stale() == []
+
+
+@pytest.mark.parametrize("name", plot.ORDER)
+def test_committed_results_are_complete(name):
+    """Every seed of every group, made by the suite's command, with one version of the code."""
+    suite = load_suite(name)
+    groups = plot.load_results(suite, ROOT / "benchmarks/results" / name)
+    assert [(g.task, g.setting) for g in groups] == [(g["task"], g["setting"]) for g in suite.groups]
+    assert {len(group.records) for group in groups} == {suite.seeds}
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+
+
+def test_ratios_by_hand():
+    faster = speed.compare("x.py", "work", "steps/s", "them", [30.0, 40.0], [10.0, 20.0])
+    assert faster["ratios"] == [3, 2]
+    assert speed.compare("x.py", "work", "s", "them", [2.0], [5.0])["ratios"] == [2.5]
+    assert speed.compare("x.py", "work", "GB", "them", [2.0], [5.0])["ratios"] == [0.4]
