@@ -20,6 +20,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from suite import RESULTS, ROOT, BenchmarkError, Suite, load_suite, read_result
 
 FIGURES = Path(__file__).parent / "figures"
@@ -129,26 +130,24 @@ def draw_frontier(axes: Axes, group: Group, frontier: dict[str, str], title: str
 
 
 def draw(suite: Suite, groups: list[Group]) -> Figure:
-    """All panels of a suite in a row: a task each, or a metric each, then the frontiers."""
+    """All panels of a suite, two in a row: each metric of each task, then the frontiers."""
     tasks = list(dict.fromkeys(group.task for group in groups))
+    panels = [(task, panel) for task in tasks for panel in suite.panels]
     frontiers = groups if suite.frontier else []
-    count = len(tasks) * len(suite.panels) + len(frontiers)
-    figure = Figure(figsize=(3.6 * count, 3.3), layout="constrained")
-    all_axes = iter(np.atleast_1d(figure.subplots(1, count)))
+    rows = -(-(len(panels) + len(frontiers)) // 2)
+    figure = Figure(figsize=(9, 3.2 * rows), layout="constrained")
+    all_axes = [figure.add_subplot(rows, 2, i + 1) for i in range(len(panels) + len(frontiers))]
     x = np.arange(suite.grid, suite.until + 1, suite.grid)
-    for task in tasks:
-        for panel in suite.panels:
-            axes = next(all_axes)
-            for colour, (setting, label) in zip(COLOURS, suite.settings.items()):
-                for group in groups:
-                    if (group.task, group.setting) == (task, setting):
-                        draw_curve(axes, x, group.curves[panel["metric"]], colour, label)
-            axes.set(xlabel=suite.xlabel, ylabel=panel["label"], title=task)
-            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-            axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
-    for group, axes in zip(frontiers, all_axes):
+    for (task, panel), axes in zip(panels, all_axes):
+        for colour, (setting, label) in zip(COLOURS, suite.settings.items()):
+            for group in groups:
+                if (group.task, group.setting) == (task, setting):
+                    draw_curve(axes, x, group.curves[panel["metric"]], colour, label)
+        axes.set(xlabel=suite.xlabel, ylabel=panel["label"], title=task)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    for group, axes in zip(frontiers, all_axes[len(panels) :]):
         draw_frontier(axes, group, suite.frontier, suite.settings[group.setting])
     return figure
 
@@ -214,12 +213,10 @@ def results_table(suite: Suite, groups: list[Group]) -> str:
         )
     main = suite.figures[0]
     notes = ["Mean over seeds (95 % bootstrap interval of it); seconds: median from process start to end."]
-    notes += [
-        f"[{s['source']}]({s['url']})" * ("url" in s)
-        + s["source"] * ("url" not in s)
-        + f": {s['metric']}; {s['seeds']} seed{'s' * (s['seeds'] > 1)}; {s['version']}."
-        for s in suite.published
-    ]
+    for source in suite.published:
+        name = f"[{source['source']}]({source['url']})" if "url" in source else source["source"]
+        seeds = f"{source['seeds']} seed" + "s" * (source["seeds"] > 1)
+        notes.append(f"{name}: {source['metric']}; {seeds}; {source['version']}.")
     versions = groups[0].records[0]["versions"]
     notes.append(", ".join(f"{name} {text}" for name, text in versions.items()) + f"; {machines(groups)}.")
     each = [

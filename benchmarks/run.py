@@ -229,8 +229,8 @@ def run_suite(suite: Suite, args: Args, folder: Path) -> bool:
         for run, outcome in outcomes:
             if "error" not in outcome:
                 record, text = result_of(suite, run, outcome)
-                if other := differences(run, record):
-                    outcome = {"error": f"its machine has {other}: install requirements.txt there"}
+                if other := differences(run, record):  # on a machine of a Ray cluster
+                    outcome = {"error": f"it ran with {other}: install requirements.txt there"}
             if "error" in outcome:
                 failed += 1
                 bar.write(f"FAILED {run.name}: {outcome['error']}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 import time
@@ -61,6 +62,14 @@ def start(script, *argv):
     """A running process of a script's command line."""
     command = [sys.executable, script.__file__, *map(str, argv)]
     return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def resume_as_printed(script, errors, monkeypatch):
+    """Runs the command that a stopped run printed, in this process: starting another would take longer than the run."""
+    interpreter, file, *argv = re.search(r"resume with: (.*)", errors)[1].split()
+    assert (interpreter, file) == (sys.executable, script.__file__)
+    monkeypatch.setattr(sys, "argv", [file, *argv])
+    script.main()
 
 
 def run_two_ranks(file, *argv):

@@ -9,7 +9,6 @@ import math
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,11 +21,11 @@ import ranks_llm
 import torch
 import transformers
 from helpers import (
-    ENVIRONMENT,
     ROOT,
     flags,
     load_checkpoint,
     read_metrics,
+    resume_as_printed,
     run_main,
     run_two_ranks,
     same_weights,
@@ -830,7 +829,7 @@ def test_same_seed_same_run(tmp_path):
         assert a == b != c
 
 
-def test_killed_and_resumed_equals_never_stopped(tmp_path):
+def test_killed_and_resumed_equals_never_stopped(tmp_path, monkeypatch):
     """SIGKILL, then SIGTERM in the resumed run, then the command that it prints."""
     args = SMALL | {"total_timesteps": 2200, "checkpoint_interval": 8, "history": 2}
     process = start(ppo, "--run-dir", tmp_path / "cut", *flags(args))
@@ -845,10 +844,8 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path):
     errors = process.communicate()[1]
     assert process.returncode == 130
     assert "Traceback" not in errors
-    command = re.search(r"resume with: (.*)", errors)[1].split()
     assert load_checkpoint(tmp_path / "cut")["iteration"] > before
-    done = subprocess.run([sys.executable, *command[1:]], env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    resume_as_printed(ppo, errors, monkeypatch)
     ppo.train(Args(run_dir=str(tmp_path / "whole"), **args))
     assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
     same_weights(tmp_path / "cut", tmp_path / "whole")

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import signal
+import sys
 
 import numpy as np
 import peft
@@ -927,16 +928,15 @@ def test_resumed_in_each_stage(tmp_path, monkeypatch, stage, lora_rank):
     assert {name: again[name] for name in timeless} == {name: summary[name] for name in timeless}
 
 
-def test_killed_and_resumed_in_a_process(tmp_path):
-    """SIGKILL in the middle of PPO, then --resume, both as real processes, give the rows of a run never stopped."""
+def test_killed_and_resumed(tmp_path, monkeypatch):
+    """SIGKILL in the middle of PPO, then --resume, give the rows of a run never stopped."""
     args = flags(SMALL | {"total_episodes": 320, "eval_samples": 4, "sft_steps": 4})
     process = start(ppo, "--run-dir", tmp_path / "killed", *args)
     wait_for_rows(tmp_path / "killed", 3, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    process = start(ppo, "--resume", tmp_path / "killed")
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    monkeypatch.setattr(sys, "argv", [ppo.__file__, "--resume", str(tmp_path / "killed")])
+    ppo.main()
     rows = read_metrics(tmp_path / "killed")
     assert [int(row["global_step"]) for row in rows] == list(range(16, 321, 16))
     assert json.loads((tmp_path / "killed" / "summary.json").read_text())["global_step"] == 320
