@@ -1,13 +1,15 @@
 """Draws the results of all suites and writes the figures and tables of README.md and benchmarks/README.md.
 
-    python benchmarks/plot.py             # writes what has changed
-    python benchmarks/plot.py --check     # says what would change; exit code 1 if anything does
+    python benchmarks/plot.py                           # writes them
+    python benchmarks/plot.py --check                   # says what would change; exit code 1 if anything does
+    python benchmarks/plot.py --results mine            # of a folder of your own: prints its tables, draws its figures
 
 Reads results/ and suites/ alone. A curve is the mean over the seeds with its 95 % bootstrap interval, each seed thin
 beneath it. The interquartile mean (IQM) over tasks, of normalised scores, follows Agarwal et al. 2021
 (https://arxiv.org/abs/2108.13264).
 """
 
+import argparse
 import hashlib
 import json
 import re
@@ -21,11 +23,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from suite import RESULTS, ROOT, BenchmarkError, Suite, load_suite, read_result
+from suite import RESULTS, ROOT, SUITES, BenchmarkError, Suite, code_hash, differences, load_suite, read_result
 
 FIGURES = Path(__file__).parent / "figures"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/README.md")
 ORDER = ("classic", "mujoco", "llm", "pizza", "rlhf")  # of the suites in tables
+SPEED = ("discrete", "continuous", "llm", "rlhf", "rlhf_memory")  # suites of speed.py
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 
 
@@ -45,33 +48,28 @@ class Group:
 
 def load_results(suite: Suite, folder: Path) -> list[Group]:
     """The suite's groups with the seeds that are there. Raises BenchmarkError for broken results, and for some that do
-    not belong together: other flags than the suite's, or code or versions that differ among them."""
-    groups = {(group["task"], group["setting"]): [] for group in suite.groups}
+    not belong together: another command than the suite's, or code or versions that differ among them."""
+    results = {(group["task"], group["setting"]): [] for group in suite.groups}
     first = None
     for run in suite.runs(suite.seeds):
         result = read_result(suite, run, folder)
         if result is None:
             continue
         record, _ = result
-        if record["command"] != run.command:
-            raise BenchmarkError(f"{folder / run.name}.json was made by another command: {record['command']}")
         first = first or record
-        for name in ("code", "versions"):
-            if record[name] != first[name]:
-                raise BenchmarkError(
-                    f"{folder / run.name}.json differs from the others in {name}: benchmarks/run.py {suite.name} --redo"
-                )
-        groups[run.task, run.setting].append(result)
-    if not first:
-        raise BenchmarkError(f"{folder} holds no results: python benchmarks/run.py {suite.name} makes them")
+        if other := differences(record, first | {"command": run.command}):
+            mend = f"python benchmarks/run.py {suite.name} --redo"
+            raise BenchmarkError(f"{folder / run.name}.json does not belong to the others, it has {other}: {mend}")
+        results[run.task, run.setting].append(result)
+    if not all(results.values()):
+        raise BenchmarkError(f"{folder} lacks results: python benchmarks/run.py {suite.name} makes them")
     return [
         Group(
             *key,
-            [record for record, _ in results],
-            {name: np.array([columns[name] for _, columns in results]) for name in suite.metrics},
+            [record for record, _ in found],
+            {name: np.array([columns[name] for _, columns in found]) for name in suite.metrics},
         )
-        for key, results in groups.items()
-        if results
+        for key, found in results.items()
     ]
 
 
@@ -119,14 +117,15 @@ def draw_curve(axes: Axes, x: np.ndarray, curves: np.ndarray, colour: str, label
 
 
 def draw_frontier(axes: Axes, group: Group, frontier: dict[str, str], title: str) -> None:
-    """Scores over the root of the KL divergence (Gao et al. 2022, fig. 1): each seed thin, mean over seeds thick."""
+    """Scores over the root of the KL divergence (Gao et al. 2022, fig. 1): each seed thin, the mean over seeds of both
+    thick."""
     for colour, (metric, label) in zip(("tab:purple", "tab:green"), list(frontier.items())[1:]):
         root = np.sqrt(np.maximum(group.curves[frontier["kl"]], 0))
         axes.plot(root.T, group.curves[metric].T, color=colour, alpha=0.35, linewidth=0.6)
         axes.plot(root.mean(0), group.curves[metric].mean(0), color=colour, linewidth=2, label=label)
-    axes.set(xlabel="square root of the KL divergence [nats]", title=title)
+    axes.set(xlabel="square root of the KL divergence in nats", ylabel="score", title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7)
 
 
 def draw(suite: Suite, groups: list[Group]) -> Figure:
@@ -135,7 +134,8 @@ def draw(suite: Suite, groups: list[Group]) -> Figure:
     panels = [(task, panel) for task in tasks for panel in suite.panels]
     frontiers = groups if suite.frontier else []
     rows = -(-(len(panels) + len(frontiers)) // 2)
-    figure = Figure(figsize=(9, 3.2 * rows), layout="constrained")
+    figure = Figure(figsize=(7, 2.6 * rows), layout="constrained")
+    figure.suptitle(suite.title, fontsize=11)
     all_axes = [figure.add_subplot(rows, 2, i + 1) for i in range(len(panels) + len(frontiers))]
     x = np.arange(suite.grid, suite.until + 1, suite.grid)
     for (task, panel), axes in zip(panels, all_axes):
@@ -143,19 +143,20 @@ def draw(suite: Suite, groups: list[Group]) -> Figure:
             for group in groups:
                 if (group.task, group.setting) == (task, setting):
                     draw_curve(axes, x, group.curves[panel["metric"]], colour, label)
-        axes.set(xlabel=suite.xlabel, ylabel=panel["label"], title=task)
+        axes.set(xlabel=suite.xlabel, ylabel=panel["label"], title=task if len(tasks) > 1 else "")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=7)
     for group, axes in zip(frontiers, all_axes[len(panels) :]):
         draw_frontier(axes, group, suite.frontier, suite.settings[group.setting])
     return figure
 
 
-def fingerprint(groups: list[Group]) -> str:
-    """Which results a figure was drawn from."""
-    sums = sorted(record["csv_sha256"] for group in groups for record in group.records)
-    return "drawn from results " + hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
+def fingerprint(suite: Suite, groups: list[Group]) -> str:
+    """Which results a figure was drawn from, as what, and by which code."""
+    sums = sorted(record["sha256"] for group in groups for record in group.records)
+    sources = [*sums, (SUITES / f"{suite.name}.toml").read_text(), code_hash(Path(__file__))]
+    return "drawn from " + hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -242,35 +243,23 @@ def iqm_table(suite: Suite, groups: list[Group]) -> list[str]:
         low, high = (number(x, 2) for x in iqm_interval(scores))
         rows.append([label, f"{number(iqm(np.concatenate(scores)), 2)} ({low} to {high})"])
     limits = "; ".join(f"{task} {number(a, 0)} and {number(b)}" for task, (a, b) in suite.normalise.items())
-    note = f"Scores are linear in the {suite.figures[0]['label']}; 0 and 1 are, for {limits}."
+    note = f"Scores are linear in the {suite.figures[0]['label']}; 0 and 1 are, for {limits} ({suite.normalised_by})."
     return [table(["setting", "interquartile mean of the normalised scores of all tasks and seeds"], rows), note]
 
 
 def overview_table(loaded: dict[str, tuple[Suite, list[Group]]]) -> str:
-    """One line for each task with our own setting: what it reaches, what is published, how long it takes."""
+    """One line for each task with our own setting: what it reaches, beside the most comparable published figure."""
     rows = []
     for suite, groups in loaded.values():
         main = suite.figures[0]
         for group in groups:
-            if group.setting != "ours":
-                continue
-            published = [
-                f"{published_cell(source, group.task)} ({source['source']})"
-                for source in suite.published
-                if published_cell(source, group.task)
-            ]
-            seconds = statistics.median(record["seconds"] for record in group.records)
-            rows.append(
-                [
-                    f"`{suite.script}`",
-                    group.task,
-                    main["label"],
-                    f"{figure_cell(group, main)}, {len(group.records)} seeds",
-                    ", ".join(published),
-                    number(seconds / 60),
-                ]
-            )
-    return table(["script", "task", "figure", "mean (95 % interval)", "published", "minutes"], rows)
+            if group.setting == "ours":
+                published = published_cell(suite.published[0], group.task) if suite.published else ""
+                source = f" ({suite.published[0]['source']})" if published else ""
+                minutes = statistics.median(record["seconds"] for record in group.records) / 60
+                cells = [f"`{suite.script}`", group.task, main["label"], str(len(group.records))]
+                rows.append([*cells, figure_cell(group, main), published + source, number(minutes)])
+    return table(["script", "task", "figure", "seeds", "mean (95 % interval)", "published", "minutes"], rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------- speed
@@ -287,14 +276,19 @@ def speed_table(measured: dict[str, dict]) -> str:
     rows = []
     for result in measured.values():
         for c in result["comparisons"]:
+            if not c["ratios"]:
+                continue
             ours, theirs = (spread(c[side], 0 if min(c["ours"]) >= 100 else 1) for side in ("ours", "theirs"))
-            ratio = spread(c["ratios"], 2) + "×"
+            if c["unit"] == "GB":
+                ratio = spread([100 * x for x in c["ratios"]], 0) + " % of it"
+            else:
+                ratio = spread(c["ratios"], 2) + " times as fast"
             pairs = f"{len(c['ratios'])} pair" + "s" * (len(c["ratios"]) > 1)
-            work = f"{c['work']}, {c['unit']}"
+            work = f"{c['work']}: {c['unit']}"
             rows.append(
-                [f"`{c['script']}`", work, ours, f"{theirs}, {c['peer']}", f"{ratio}, {pairs}", result["machine"]]
+                [f"`{c['script']}`", work, ours, f"{theirs}, {c['peer']}", f"{ratio}; {pairs}", result["machine"]]
             )
-    return table(["script", "work", "this", "peer", "ratio", "on"], rows)
+    return table(["script", "work", "this", "peer", "this is", "machine"], rows)
 
 
 def environments_table(measured: dict[str, dict]) -> str:
@@ -318,10 +312,10 @@ def times_table(loaded: dict[str, tuple[Suite, list[Group]]]) -> str:
     rows = []
     for name, (suite, groups) in loaded.items():
         seconds = [record["seconds"] for group in groups for record in group.records]
-        runs = len(suite.runs(suite.seeds))
-        hours = statistics.mean(seconds) * runs / 2 / 3600
+        hours = statistics.mean(seconds) * len(suite.runs(suite.seeds)) / 2 / 3600
         time = f"{number(hours)} hours" if hours >= 1 else f"{number(60 * hours, 0)} minutes"
-        rows.append([f"`python benchmarks/run.py {name}`", f"`{suite.script}`", str(runs), time, machines(groups)])
+        command = f"`python benchmarks/run.py {name} --results mine`"
+        rows.append([command, suite.script, str(len(suite.runs(suite.seeds))), time, machines(groups)])
     return table(["command", "script", "runs", "on 2 cores", "measured on"], rows)
 
 
@@ -354,64 +348,88 @@ def relink(text: str) -> str:
     return re.sub(r"\[(`(\w+)`(?:, part (\d))?)\]\((ppo_\w+\.py)#L\d+\)", link, text)
 
 
-def outputs() -> tuple[dict[Path, str], dict[Path, tuple[Suite, list[Group]]]]:
-    """What the documents should be, and of what the figures should be drawn."""
-    loaded = {}
-    for name in ORDER:
-        suite = load_suite(name)
-        loaded[name] = suite, load_results(suite, RESULTS / name)
+def load_all(folder: Path) -> dict[str, tuple[Suite, list[Group]]]:
+    """All suites with their results in a folder."""
+    suites = map(load_suite, ORDER)
+    return {suite.name: (suite, load_results(suite, folder / suite.name)) for suite in suites}
+
+
+def load_speed(folder: Path) -> dict[str, dict]:
+    """What speed.py measured."""
     measured = {}
-    for name in ("discrete", "continuous", "llm", "rlhf", "rlhf_memory"):
-        path = RESULTS / "speed" / f"{name}.json"
+    for name in SPEED:
+        path = folder / f"{name}.json"
         try:
             measured[name] = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise BenchmarkError(
-                f"{path} is missing or cut short: python benchmarks/speed.py {name} makes it"
-            ) from error
+            raise BenchmarkError(f"{path} is missing or cut short: benchmarks/speed.py {name} makes it") from error
+    return measured | {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*_cuda.json"))}
+
+
+def documents_now(loaded: dict[str, tuple[Suite, list[Group]]]) -> dict[Path, str]:
+    """What the documents should be."""
+    measured = load_speed(RESULTS / "speed")
     tables = {name: results_table(suite, groups) for name, (suite, groups) in loaded.items()} | {
         "overview": overview_table(loaded),
         "times": times_table(loaded),
         "speed": speed_table(measured),
         "environments": environments_table(measured),
     }
-    documents = {path: relink(fill(path.read_text(), tables)) for path in DOCUMENTS}
-    return documents, {FIGURES / f"{name}.svg": value for name, value in loaded.items()}
+    texts = {path: path.read_text() for path in DOCUMENTS}
+    for name in tables:
+        if f"<!-- plot.py: {name} -->" not in "".join(texts.values()):
+            raise BenchmarkError(f"no document has a place for the table {name}: <!-- plot.py: {name} -->")
+    return {path: relink(fill(text, tables)) for path, text in texts.items()}
 
 
 def stale() -> list[Path]:
     """Documents and figures that do not show the results that are there."""
-    documents, figures = outputs()
-    wrong = [path for path, text in documents.items() if path.read_text() != text]
-    return wrong + [
-        path
-        for path, (_, groups) in figures.items()
-        if not path.exists() or fingerprint(groups) not in path.read_text()
-    ]
+    loaded = load_all(RESULTS)
+    wrong = [path for path, text in documents_now(loaded).items() if path.read_text() != text]
+    for name, (suite, groups) in loaded.items():
+        path = FIGURES / f"{name}.svg"
+        if not path.exists() or fingerprint(suite, groups) not in path.read_text():
+            wrong.append(path)
+    return wrong
+
+
+def save_figure(suite: Suite, groups: list[Group], folder: Path) -> None:
+    """Writes a suite's figure. Equal results give an equal file."""
+    matplotlib.rcParams["svg.hashsalt"] = "ppo"
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None, "Description": fingerprint(suite, groups)}
+    draw(suite, groups).savefig(folder / f"{suite.name}.svg", metadata=metadata)
 
 
 def main() -> None:
     """The command line."""
-    if sys.argv[1:] not in ([], ["--check"]):
-        print("error: the only flag is --check", file=sys.stderr)
-        sys.exit(2)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if anything would change")
+    parser.add_argument("--results", type=Path, help="folder of results of your own; its tables are printed")
+    args = parser.parse_args()
     try:
-        if sys.argv[1:]:
+        if args.results:
+            for name in filter(lambda name: (args.results / name).exists(), ORDER):
+                suite = load_suite(name)
+                groups = load_results(suite, args.results / name)
+                save_figure(suite, groups, args.results)
+                print(results_table(suite, groups), f"\n{args.results / name}.svg has the figure\n", sep="\n")
+            return
+        if args.check:
             wrong = stale()
-            print(*(f"{path.relative_to(ROOT)} does not show the results" for path in wrong), sep="\n")
+            for path in wrong:
+                print(f"{path.relative_to(ROOT)} does not show the results: python benchmarks/plot.py")
             sys.exit(bool(wrong))
-        documents, figures = outputs()
+        loaded = load_all(RESULTS)
+        documents = documents_now(loaded)
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     for path, text in documents.items():
         path.write_text(text)
-    matplotlib.rcParams |= {"svg.hashsalt": "ppo", "svg.fonttype": "path"}  # equal results, equal files
-    FIGURES.mkdir(exist_ok=True)
-    for path, (suite, groups) in figures.items():
-        metadata = {"Date": None, "Description": fingerprint(groups)}
-        draw(suite, groups).savefig(path, metadata=metadata)
-    print(f"wrote {len(documents)} documents and {len(figures)} figures")
+    for suite, groups in loaded.values():
+        save_figure(suite, groups, FIGURES)
+    print(f"wrote {len(documents)} documents and {len(loaded)} figures")
 
 
 if __name__ == "__main__":

@@ -16,15 +16,28 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import tyro
-from suite import RESULTS, ROOT, BenchmarkError, Run, Suite, checksum, code_hash, load_suite, on_grid, read_result
+from suite import (
+    RESULTS,
+    ROOT,
+    BenchmarkError,
+    Run,
+    Suite,
+    checksum,
+    code_hash,
+    differences,
+    load_suite,
+    on_grid,
+    read_result,
+)
 from tqdm import tqdm
 
 
@@ -48,25 +61,27 @@ class Args:
     """run the suite's first run once more and compare it with its result; writes nothing"""
 
 
-RUNNING: set[subprocess.Popen] = set()  # what to stop when the runner is stopped
-
-
-def execute(command: list[str], root: str, timeout: float) -> dict:
+def execute(command: list[str], root: str, timeout: float, started: Callable = lambda process: None) -> dict:
     """Runs a script to its end, at most timeout seconds. Returns wall-clock seconds and the texts of its metrics.csv,
-    config.json and summary.json, or "error" with its last lines. Only plain values go in and out, for Ray."""
+    config.json and summary.json, or "error" with its last lines. Only plain values go in and out, for Ray.
+
+    started: called with the process.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         start = time.perf_counter()
         words = [sys.executable, *command[1:], "--run-dir", f"{folder}/run"]
-        process = subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        RUNNING.add(process)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        process = subprocess.Popen(words, cwd=root, **pipes)
         try:
+            started(process)
             output, _ = process.communicate(timeout=timeout)
             ended = f"exit code {process.returncode}" if process.returncode >= 0 else f"signal {-process.returncode}"
         except subprocess.TimeoutExpired:
             process.kill()
             output, _ = process.communicate()
             ended = f"no end within {timeout / 60:g} minutes"
-        RUNNING.discard(process)
+        finally:
+            process.kill()  # where Ray cancels this
         seconds = time.perf_counter() - start
         files = [Path(folder, "run", name) for name in ("metrics.csv", "config.json", "summary.json")]
         if process.returncode or not all(file.exists() for file in files):
@@ -76,14 +91,22 @@ def execute(command: list[str], root: str, timeout: float) -> dict:
 
 def run_here(runs: list[Run], timeout: float, workers: int) -> Iterator[tuple[Run, dict]]:
     """Runs and what execute returned for them, as they end, with so many at a time on this machine."""
-    pool = ThreadPoolExecutor(workers)
+    pool, processes, stopping = ThreadPoolExecutor(workers), [], threading.Event()
+
+    def started(process: subprocess.Popen) -> None:
+        processes.append(process)
+        if stopping.is_set():
+            process.kill()
+
     try:
-        futures = {pool.submit(execute, run.command.split(), str(ROOT), timeout): run for run in runs}
+        futures = {pool.submit(execute, run.command.split(), str(ROOT), timeout, started): run for run in runs}
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            error = future.exception()  # no space, no memory for a process ...
+            yield futures[future], {"error": repr(error)} if error else future.result()
     finally:
+        stopping.set()
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(RUNNING):
+        for process in processes:
             process.kill()
 
 
@@ -93,155 +116,158 @@ def run_on_ray(runs: list[Run], timeout: float, address: str, workers: int) -> I
         import ray
     except ImportError:
         raise BenchmarkError("--ray needs a package: pip install -r benchmarks/requirements-ray.txt") from None
+    where = {"address": "local", "num_cpus": workers} if address == "local" else {"address": address}
     excludes = [".git", ".venv", "runs", "benchmarks/results", "tests"]
-    cluster = {"address": "local", "num_cpus": workers, "include_dashboard": False}
-    environment = {"working_dir": str(ROOT), "excludes": excludes}
+    copy = {"working_dir": str(ROOT), "excludes": excludes}
     try:
-        ray.init(
-            **(cluster if address == "local" else {"address": address}),
-            runtime_env=environment,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        ray.init(**where, runtime_env=copy, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise BenchmarkError(f"--ray {address}: {str(error).splitlines()[0]}") from error
-    task = ray.remote(num_cpus=1)(execute)  # "." is the scripts' copy
-    waiting = {task.remote(run.command.split(), ".", timeout): run for run in runs}
-    while waiting:
-        (done,), _ = ray.wait(list(waiting))
-        try:
-            outcome = ray.get(done)
-        except ray.exceptions.RayError as error:  # its machine or worker is gone
-            outcome = {"error": str(error)}
-        yield waiting.pop(done), outcome
-
-
-def differences(run: Run, record: dict) -> str:
-    """What a record's run had other than a run that starts here and now: command, code or versions; "" for nothing."""
-    now = {"command": run.command, "code": code_hash(ROOT / run.script)}
-    now |= {name: platform.python_version() if name == "python" else installed(name) for name in record["versions"]}
-    then = {"command": record["command"], "code": record["code"]} | record["versions"]
-    return ", ".join(f"{name} {then[name]} (now {now[name]})" for name in now if then[name] != now[name])
-
-
-def installed(package: str) -> str:
-    """Its version here."""
+    signal.signal(signal.SIGTERM, stop)  # instead of Ray's own
+    task = ray.remote(num_cpus=1)(execute)
+    waiting = {task.remote(run.command.split(), ".", timeout): run for run in runs}  # "." is the copy
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"
+        while waiting:
+            (done,), _ = ray.wait(list(waiting))
+            try:
+                outcome = ray.get(done)
+            except ray.exceptions.RayError as error:  # its machine is gone
+                outcome = {"error": str(error)}
+            yield waiting.pop(done), outcome
+    finally:
+        for left in waiting:
+            ray.cancel(left)
+        if waiting:  # for their scripts to end
+            ray.wait(list(waiting), num_returns=len(waiting), timeout=10)
+        ray.shutdown()
 
 
-def commit(script: str) -> str:
-    """The commit that is checked out, "+" behind it where the script has been changed since."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", script], check=False, capture_output=True)
-    return head + "+" * (changed.returncode == 1)
+def identity(run: Run, versions: dict[str, str]) -> dict:
+    """What a result of a run that starts here and now would have, of these packages the versions of those here."""
+    here = {"python": platform.python_version()}
+    for name in set(versions) - set(here):
+        with contextlib.suppress(PackageNotFoundError):  # one that the script can do without
+            here[name] = version(name)
+    return {"command": run.command, "code": code_hash(ROOT / run.script), "versions": here}
 
 
-def result_of(suite: Suite, run: Run, outcome: dict) -> tuple[dict, str]:
-    """Record and CSV text of a run that ended well."""
-    config = json.loads(outcome["config.json"])
+def commit() -> str:
+    """The commit that is checked out; "" where there is none."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def result_of(suite: Suite, run: Run, outcome: dict, git: str) -> tuple[dict, str]:
+    """Record and CSV text of a run that ended well. Raises BenchmarkError where it lacks what the suite shows."""
+    config, summary = json.loads(outcome["config.json"]), json.loads(outcome["summary.json"])
     text = on_grid(suite, outcome["metrics.csv"])
+    for figure in suite.figures:
+        if figure["name"] not in summary:
+            raise BenchmarkError(f"summary.json has no {figure['name']}, which the suite shows")
     record = {
         "command": run.command,
         "flags": config["args"],
         "versions": config["versions"],
-        "git": commit(run.script),
+        "git": git,
         "code": code_hash(ROOT / run.script),
         "machine": config["machine"],
         "seconds": round(outcome["seconds"], 1),
-        "summary": json.loads(outcome["summary.json"]),
-        "csv_sha256": checksum(text),
+        "summary": summary,
     }
     return record, text
 
 
 def save(folder: Path, name: str, record: dict, text: str) -> None:
-    """Writes both files of a result, each at once; the record, which vouches for the other, comes last."""
+    """Writes both files of a result, each at once; the record, which vouches for both, comes last."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path, content in (
-        (folder / f"{name}.csv", text),
-        (folder / f"{name}.json", json.dumps(record, indent=1) + "\n"),
-    ):
-        part = path.with_name(path.name + ".part")
+    record = record | {"sha256": checksum(record, text)}
+    for ending, content in ((".csv", text), (".json", json.dumps(record, indent=1) + "\n")):
+        part = folder / f"{name}{ending}.part"
         part.write_text(content)
-        part.replace(path)
+        part.replace(folder / f"{name}{ending}")
 
 
-def runs_to_do(suite: Suite, args: Args, folder: Path) -> list[Run]:
+def missing(suite: Suite, runs: list[Run], args: Args, folder: Path) -> list[Run]:
     """Runs without a complete result. Raises BenchmarkError where one was made in another way, unless args.redo."""
     to_do = []
-    for run in suite.runs(args.seeds or suite.seeds):
+    for run in runs:
         try:
             result = read_result(suite, run, folder)
         except BenchmarkError as error:
             print(error, file=sys.stderr)
             result = None
-        other = differences(run, result[0]) if result else ""
+        other = result and differences(result[0], identity(run, result[0]["versions"]))
         if other and not args.redo:
-            raise BenchmarkError(
-                f"{folder / run.name}.json has {other}: --redo runs it again, --results FOLDER leaves it alone"
-            )
+            mend = "--redo runs it again, --results FOLDER leaves it alone"
+            raise BenchmarkError(f"{folder / run.name}.json has {other}: {mend}")
         if other or not result:
             to_do.append(run)
     return to_do
 
 
 def check(suite: Suite, folder: Path) -> bool:
-    """Runs the suite's first run again and says how its result compares with the one in folder."""
-    runs = suite.runs(suite.seeds)
-    same_group = [run for run in runs if (run.task, run.setting) == (runs[0].task, runs[0].setting)]
-    results = [read_result(suite, run, folder) for run in same_group]
+    """Runs the suite's first run again; whether its result is the one in folder or, where something else than the seed
+    differs, within the range of the seeds there."""
+    first, *_ = runs = suite.runs(suite.seeds)
+    results = [
+        read_result(suite, run, folder) for run in runs if (run.task, run.setting) == (first.task, first.setting)
+    ]
     if None in results:
         raise BenchmarkError(f"{folder} lacks results: python benchmarks/run.py {suite.name} makes them")
-    print(runs[0].command)
-    outcome = execute(runs[0].command.split(), str(ROOT), 60 * suite.timeout_minutes)
+    print(first.command)
+    outcome = execute(first.command.split(), str(ROOT), 60 * suite.timeout_minutes)
     if "error" in outcome:
         print(f"failed: {outcome['error']}", file=sys.stderr)
         return False
-    record, text = result_of(suite, runs[0], outcome)
-    if checksum(text) == results[0][0]["csv_sha256"]:
-        print(f"bit for bit as in {folder / runs[0].name}.csv")
+    record, text = result_of(suite, first, outcome, commit())
+    committed, _ = results[0]
+    if text == (folder / f"{first.name}.csv").read_text():
+        print(f"bit for bit as in {folder / first.name}.csv")
         return True
-    value, others = record["summary"][suite.headline], [r["summary"][suite.headline] for r, _ in results]
-    low, high = min(others), max(others)
+    other = differences(committed, record)
+    if committed["machine"] != record["machine"]:
+        other = ", ".join(filter(None, [f"machine {committed['machine']} (now {record['machine']})", other]))
+    if not other:
+        print(f"NOT as in {folder / first.name}.csv, although machine, versions and code are the same")
+        return False
+    values = [r["summary"][suite.headline] for r, _ in results]
+    value, low, high = record["summary"][suite.headline], min(values), max(values)
     within = low <= value <= high
-    print(
-        f"not bit for bit as in {folder / runs[0].name}.csv: {differences(runs[0], results[0][0]) or 'another machine'}"
-    )
+    print(f"not bit for bit as in {folder / first.name}.csv, which has {other}")
     print(f"{suite.headline} {value:g} is {'within' if within else 'OUTSIDE'} the seeds' {low:g} to {high:g}")
     return within
 
 
 def run_suite(suite: Suite, args: Args, folder: Path) -> bool:
-    """Runs what is to do and saves it; whether all of it ended well."""
-    to_do = runs_to_do(suite, args, folder)
-    total = len(suite.runs(args.seeds or suite.seeds))
-    timeout = 60 * suite.timeout_minutes
+    """Runs what is missing and saves it; whether all of it ended well."""
+    runs = suite.runs(args.seeds or suite.seeds)
+    to_do = missing(suite, runs, args, folder)
+    code, git, timeout = code_hash(ROOT / suite.script), commit(), 60 * suite.timeout_minutes
     if args.ray:
         outcomes = run_on_ray(to_do, timeout, args.ray, args.workers)
     else:
         outcomes = run_here(to_do, timeout, args.workers)
     failed = 0
-    with contextlib.closing(outcomes), tqdm(total=total, initial=total - len(to_do), unit="run") as bar:
+    with contextlib.closing(outcomes), tqdm(total=len(runs), initial=len(runs) - len(to_do), unit="run") as bar:
         for run, outcome in outcomes:
-            if "error" not in outcome:
-                record, text = result_of(suite, run, outcome)
-                if other := differences(run, record):  # on a machine of a Ray cluster
-                    outcome = {"error": f"it ran with {other}: install requirements.txt there"}
-            if "error" in outcome:
+            try:
+                if "error" in outcome:
+                    raise BenchmarkError(outcome["error"])
+                record, text = result_of(suite, run, outcome, git)
+                if record["code"] != code:
+                    raise BenchmarkError(f"{suite.script} was changed in the meantime")
+                if other := differences(record, identity(run, record["versions"])):  # on a machine of a Ray cluster
+                    raise BenchmarkError(f"its machine has {other}: install requirements.txt there")
+            except BenchmarkError as error:
                 failed += 1
-                bar.write(f"FAILED {run.name}: {outcome['error']}", file=sys.stderr)
-            else:
-                save(folder, run.name, record, text)
-                figure = f"{suite.headline} {record['summary'][suite.headline]:g}"
-                bar.write(f"{run.name}: {figure} in {record['seconds']:.0f} s", file=sys.stderr)
-                bar.update()
-    print(
-        f"{total - failed} of {total} runs are in {folder}" + f"; {failed} failed, run again for these" * (failed > 0)
-    )
+                bar.write(f"FAILED {run.name}: {error}", file=sys.stderr)
+                continue
+            save(folder, run.name, record, text)
+            figure = f"{suite.headline} {record['summary'][suite.headline]:g}"
+            bar.write(f"{run.name}: {figure} in {record['seconds']:.0f} s", file=sys.stderr)
+            bar.update()
+    done = f"{len(runs) - failed} of {len(runs)} runs are in {folder}"
+    print(f"{done}; {failed} failed, the same command tries them again" if failed else done)
     return not failed
 
 
@@ -255,9 +281,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     args = tyro.cli(Args)
     try:
-        if args.workers < 1 or (args.seeds is not None and args.seeds < 1):
-            raise BenchmarkError("--workers and --seeds must be at least 1")
         suite = load_suite(args.suite)
+        if args.workers < 1 or not 1 <= (args.seeds or suite.seeds) <= suite.seeds or args.seeds == 0:
+            raise BenchmarkError(f"--workers must be at least 1 and --seeds 1 to {suite.seeds}, the suite's")
         folder = args.results / suite.name
         good = check(suite, folder) if args.check else run_suite(suite, args, folder)
     except BenchmarkError as error:

@@ -1,7 +1,7 @@
 """Speed side by side with peers: the same work in turn, every run a fresh process, ratios pair by pair.
 
     pip install -r requirements.txt -r benchmarks/requirements-peers.txt
-    python benchmarks/speed.py all --pairs 3
+    python benchmarks/speed.py all
     python benchmarks/speed.py discrete
 
 Prints medians and ranges, and writes them with the machine's name to benchmarks/results/speed/<suite>.json, of which
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -269,8 +270,8 @@ class Args:
 
     suite: tyro.conf.Positional[Literal["all", "discrete", "continuous", "llm", "rlhf", "rlhf_memory"]]
     """what to measure"""
-    pairs: int = 5
-    """runs of each side, in turn; of rlhf_memory, whose figures hardly vary, one where it is part of all"""
+    pairs: int | None = None
+    """runs of each side, in turn; default 5, of llm and rlhf 3, of rlhf_memory, whose figures hardly vary, 1"""
     steps: int | None = None
     """environment steps per run of the throughput comparison, not of llm; default 100,000, continuous 20,480"""
     llm_id: Literal["qwen2-0.5b-random", "tiny-random"] = "qwen2-0.5b-random"
@@ -371,19 +372,19 @@ def discrete(args: Args) -> dict:
     return {
         "comparisons": [
             compare(script, work, "steps/s", peer, *rates),
-            compare(script, solve, "s", peer, *(list(side) for side in zip(*reached))),
+            compare(script, solve, "s", peer, [ours for ours, _ in reached], [theirs for _, theirs in reached]),
         ],
         "steps_per_second_by_envs": {f"{envs} × {shapes[envs]}": values for envs, values in throughput.items()},
     }
 
 
 def continuous(args: Args) -> dict:
-    """HalfCheetah-v5: steps/s at equal work, the simulator's share of the time, and steps/s by number and kind of
+    """HalfCheetah-v5: steps/s at equal work, and steps/s of training and of the simulator alone by number and kind of
     environments."""
     total_steps = args.steps or 20_480
     shapes = {1: 2048, 8: 256, 64: 32}  # environments: steps per rollout
     modes = ["sync"] + (["envpool"] if find_spec("envpool") else [])
-    bar = tqdm(total=3 * args.pairs + 2 * len(modes) * len(shapes), unit="run", desc="continuous")
+    bar = tqdm(total=2 * args.pairs + 2 * len(modes) * len(shapes), unit="run", desc="continuous")
 
     def step(result: dict) -> float:
         bar.update()
@@ -398,11 +399,10 @@ def continuous(args: Args) -> dict:
         program = SIMULATOR_PROGRAM.format(envs=envs, mode=mode, steps=total_steps)
         return step(json.loads(run([sys.executable, "-c", program])[1]))
 
-    rates, theirs, alone = [], [], []
+    rates, theirs = [], []
     for seed in range(1, args.pairs + 1):
         rates.append(ours(1, "sync", seed))
         theirs.append(step(run_sb3(SB3_MUJOCO, seed, total_steps)))
-        alone.append(simulator(1, "sync"))
     throughput = {
         f"{mode}, {envs} × {shapes[envs]}": {"training": ours(envs, mode, 1), "simulator": simulator(envs, mode)}
         for mode in modes
@@ -412,7 +412,7 @@ def continuous(args: Args) -> dict:
     work = "HalfCheetah-v5, 1 env × 2048 steps, 10 epochs × 32 minibatches, 64-64 tanh"
     return {
         "comparisons": [compare("ppo_mlp_continuous.py", work, "steps/s", "stable-baselines3", rates, theirs)],
-        "simulator": alone,  # its steps/s alone, in each pair; networks have one thread, EnvPool has its own
+        # Networks have one thread, EnvPool has its own.
         "steps_per_second_by_envs": throughput,
     }
 
@@ -491,33 +491,41 @@ def rlhf(args: Args, memory: bool = False) -> dict:
 def main() -> None:
     """Runs suites, prints them and writes them down."""
     args = tyro.cli(Args)
-    if args.pairs < 1 or (args.steps or 2048) < 2048:
+    if (args.pairs or 1) < 1 or args.pairs == 0 or (args.steps or 2048) < 2048:
         print("error: --pairs must be at least 1 and --steps at least 2048", file=sys.stderr)
         sys.exit(2)
     suites = {
-        "discrete": discrete,
-        "continuous": continuous,
-        "llm": llm,
-        "rlhf": rlhf,
-        "rlhf_memory": lambda args: rlhf(replace(args, pairs=1) if args.suite == "all" else args, memory=True),
+        "discrete": (discrete, 5, "stable_baselines3"),
+        "continuous": (continuous, 5, "stable_baselines3"),
+        "llm": (llm, 3, None),
+        "rlhf": (rlhf, 3, "trl"),
+        "rlhf_memory": (partial(rlhf, memory=True), 1, "trl"),
     }
-    chosen = list(suites) if args.suite == "all" else [args.suite]
     has_gpu = torch.cuda.is_available()
-    needed = {"stable_baselines3": {"discrete", "continuous"}, "trl": set() if has_gpu else {"rlhf", "rlhf_memory"}}
-    for package, users in needed.items():
-        if users & set(chosen) and find_spec(package) is None:
-            print(f"error: {package} is missing: pip install -r benchmarks/requirements-peers.txt", file=sys.stderr)
+    if has_gpu:  # there, rlhf measures memory too, without a peer
+        suites["rlhf"] = (rlhf, 3, None)
+        del suites["rlhf_memory"]
+    chosen = list(suites) if args.suite == "all" else [args.suite]
+    for name in chosen:
+        if suites[name][2] and find_spec(suites[name][2]) is None:
+            mend = "pip install -r benchmarks/requirements-peers.txt"
+            print(f"error: {name} needs {suites[name][2]}: {mend}", file=sys.stderr)
             sys.exit(2)
     packages = ("torch", "transformers", "peft", "numpy", "gymnasium", "mujoco", "envpool", "stable_baselines3", "trl")
     versions = {name: version(name) for name in packages if find_spec(name)}
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    facts = {"machine": machine(), "versions": versions, "git": git.stdout.strip()}
     for name in chosen:
-        figures = suites[name](args)
+        measure, pairs, _ = suites[name]
+        start = time.perf_counter()
+        figures = measure(replace(args, pairs=args.pairs or pairs))
         for comparison in figures["comparisons"]:
             show(comparison)
-        device = "_cuda" if has_gpu and name in ("llm", "rlhf", "rlhf_memory") else ""
+        device = "_cuda" if has_gpu and name in ("llm", "rlhf") else ""
         size = "_tiny" if name == "llm" and args.llm_id == "tiny-random" else ""
         path = ROOT / "benchmarks/results/speed" / f"{name}{size}{device}.json"
-        path.write_text(json.dumps({"machine": machine(), "versions": versions} | figures, indent=1) + "\n")
+        seconds = {"seconds": round(time.perf_counter() - start)}
+        path.write_text(json.dumps(facts | seconds | figures, indent=1) + "\n")
         print(f"on {machine()}; written to {path.relative_to(ROOT)}")
 
 

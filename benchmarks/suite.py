@@ -50,7 +50,7 @@ class Suite:
     """suites/NAME.toml."""
 
     name: str
-    title: str
+    title: str  # of its figure
     script: str
     seeds: int  # 1 to this
     timeout_minutes: float  # a run that takes longer is stopped
@@ -63,12 +63,9 @@ class Suite:
     settings: dict[str, str]  # what they are called
     groups: list[dict[str, str]]  # task, setting, flags
     normalise: dict[str, tuple[float, float]] = field(default_factory=dict)  # task: returns that score 0 and 1
-    published: list[dict] = field(
-        default_factory=list
-    )  # figures of others: source, url, seeds, metric, version, values
-    frontier: dict[str, str] = field(
-        default_factory=dict
-    )  # kl: its metric; metrics to draw over its root, their labels
+    normalised_by: str = ""  # where these two are from
+    published: list[dict] = field(default_factory=list)  # others' figures, the most comparable first
+    frontier: dict[str, str] = field(default_factory=dict)  # "kl" and metrics to draw over its root: their labels
 
     @property
     def headline(self) -> str:
@@ -102,8 +99,13 @@ def code_hash(script: Path) -> str:
 
 def on_grid(suite: Suite, metrics: str) -> str:
     """A run's metrics.csv, as text, on the suite's grid: each row the mean of the iterations that ended since the row
-    before, the last one with all that come after. Iterations of before the first figure (nan) do not count."""
+    before, the last one with all that come after. Iterations of before the first figure (nan) do not count. Raises
+    BenchmarkError where the metrics end early or lack a column."""
     rows = list(csv.DictReader(io.StringIO(metrics)))
+    lacking = {"global_step", *suite.metrics} - set(rows[0] if rows else ())
+    if lacking or int(rows[-1]["global_step"]) < suite.until:
+        what = f"lacks {', '.join(sorted(lacking))}" if lacking else f"ends before step {suite.until}"
+        raise BenchmarkError(f"metrics.csv {what}, which the suite wants")
     lines = [",".join(["global_step", *suite.metrics])]
     for step in range(suite.grid, suite.until + 1, suite.grid):
         end = step if step < suite.until else float("inf")
@@ -116,9 +118,19 @@ def on_grid(suite: Suite, metrics: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def checksum(text: str) -> str:
-    """SHA-256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
+def checksum(record: dict, text: str) -> str:
+    """SHA-256 of a result: its record without the checksum, and its CSV text."""
+    whole = {name: value for name, value in record.items() if name != "sha256"}
+    return hashlib.sha256((json.dumps(whole, sort_keys=True) + text).encode()).hexdigest()
+
+
+def differences(record: dict, other: dict) -> str:
+    """In what a result's record differs from another, or from what it would have now, of what decides its figures:
+    command, code, and the versions of packages that both know; "" for nothing."""
+    then, now = ({"command": r["command"], "code": r["code"]} | r["versions"] for r in (record, other))
+    return ", ".join(
+        f"{name} {then[name]} (not {now[name]})" for name in then if now.get(name, then[name]) != then[name]
+    )
 
 
 def read_result(suite: Suite, run: Run, folder: Path) -> tuple[dict, dict[str, list[float]]] | None:
@@ -129,17 +141,15 @@ def read_result(suite: Suite, run: Run, folder: Path) -> tuple[dict, dict[str, l
         return None
     mend = f"python benchmarks/run.py {suite.name} runs it again"
     try:
-        record = json.loads(json_path.read_text())
-        text = csv_path.read_text()
-        whole = record["csv_sha256"] == checksum(text)
+        record, text = json.loads(json_path.read_text()), csv_path.read_text()
+        whole = record["sha256"] == checksum(record, text)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchmarkError(f"{json_path} or its .csv is missing or cut short: {mend}") from error
     if not whole:
-        raise BenchmarkError(f"{csv_path} is not what the run wrote (cut short or changed): {mend}")
+        raise BenchmarkError(f"{json_path} and its .csv are not what the run wrote (cut short or changed): {mend}")
     rows = list(csv.DictReader(io.StringIO(text)))
     columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
-    if [*columns] != ["global_step", *suite.metrics] or columns["global_step"] != [
-        float(step) for step in range(suite.grid, suite.until + 1, suite.grid)
-    ]:
+    steps = [float(step) for step in range(suite.grid, suite.until + 1, suite.grid)]
+    if [*columns] != ["global_step", *suite.metrics] or columns["global_step"] != steps:
         raise BenchmarkError(f"{csv_path} has other columns or steps than the suite: {mend}")
     return record, columns

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import platform
 import re
 import shutil
 import signal
@@ -17,7 +18,8 @@ import pytest
 import run as runner
 import scipy.stats
 import speed
-from suite import BenchmarkError, Suite, code_hash, load_suite, on_grid, read_result
+import suite as suite_module
+from suite import BenchmarkError, Suite, checksum, code_hash, differences, load_suite, on_grid, read_result
 
 ROOT = Path(__file__).parent.parent
 # A script that behaves like ours as far as the runner can see: it leaves a run of three iterations, or it does not.
@@ -32,12 +34,15 @@ for name in ("--seed", "--torch-threads"):
     parser.add_argument(name, type=int)
 parser.add_argument("--run-dir", type=Path)
 args = parser.parse_args()
-with open("started", "a") as file:
+log = Path(os.environ["TOYS"])
+with open(log / "started", "a") as file:
     file.write(f"{args.how} {args.seed}\\n")
-with open("processes", "a") as file:
+with open(log / "processes", "a") as file:
     file.write(f"{os.getpid()}\\n")
-if not Path("mended").exists():
+if not (log / "mended").exists():
     if args.how == "fail":
+        sys.stdout.buffer.write(b"\\xff\\n")
+        sys.stdout.flush()
         sys.exit("error: there is no such task")
     if args.how == "hang":
         print("waiting", flush=True)
@@ -46,7 +51,7 @@ if not Path("mended").exists():
         os.kill(os.getpid(), signal.SIGKILL)
 args.run_dir.mkdir()
 luck = float(os.environ.get("LUCK", "0"))
-rows = [(step, args.seed + step / 10 + luck) for step in (9, 19, 31)]
+rows = [(step, args.seed + step / 10 + luck) for step in (9, 19, 31)][: 2 if args.how == "short" else 3]
 (args.run_dir / "metrics.csv").write_text("global_step,return\\n" + "".join(f"{a},{b}\\n" for a, b in rows))
 versions = {"python": platform.python_version(), "numpy": importlib.metadata.version("numpy")}
 config = {"args": {"seed": args.seed}, "versions": versions, "machine": "a toy's"}
@@ -57,7 +62,7 @@ SUITE = """
 title = "Toys"
 script = "toy.py"
 seeds = 2
-timeout_minutes = 0.05
+timeout_minutes = 0.1
 grid = 10
 until = 30
 metrics = ["return"]
@@ -69,8 +74,10 @@ settings = {ours = "as it is"}
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path, monkeypatch):
     """A function that makes a folder with the runner, the toy, and a suite with a task for each given way to end."""
+
+    monkeypatch.setenv("TOYS", str(tmp_path))  # where they leave traces, on Ray too, which runs a copy
 
     def make(*ways, flags=""):
         (tmp_path / "benchmarks/suites").mkdir(parents=True)
@@ -101,6 +108,13 @@ def started(project):
     return sorted((project / "started").read_text().split("\n")[:-1])
 
 
+def rewrite(path, **changes):
+    """Gives a record other facts, and the checksum that belongs to them."""
+    record = json.loads(path.read_text()) | changes
+    record["sha256"] = checksum(record, path.with_suffix(".csv").read_text())
+    path.write_text(json.dumps(record))
+
+
 def alive(process):
     """Whether a process number is that of one that has not ended; one that waits to be reaped has."""
     status = Path(f"/proc/{process}/status")
@@ -116,25 +130,28 @@ def results(project):
 
 def test_failing_hanging_and_dying_runs(project):
     """They are shown with their last lines while the others go on; the next call does what is missing, no more."""
-    folder = project("well", "fail", "hang", "die")
-    code, out, err = run_toys(folder, "--seeds", "1", "--workers", "4")
+    folder = project("well", "fail", "hang", "die", "short")
+    code, out, err = run_toys(folder, "--seeds", "1", "--workers", "5")
     assert code == 1
-    assert "1 of 4 runs are in" in out
-    assert "3 failed" in out
-    assert re.search(r"FAILED fail__ours__1: exit code 1\n\s+error: there is no such task", err)
-    assert re.search(r"FAILED hang__ours__1: no end within 0.05 minutes\n\s+waiting", err)
+    assert "1 of 5 runs are in" in out
+    assert "4 failed" in out
+    assert re.search(r"FAILED fail__ours__1: exit code 1\n\s+\ufffd\n\s+error: there is no such task", err)
+    assert "FAILED short__ours__1: metrics.csv ends before step 30" in err
+    assert re.search(r"FAILED hang__ours__1: no end within 0.1 minutes\n\s+waiting", err)
     assert "FAILED die__ours__1: signal 9" in err
     before = results(folder)
     assert sorted(before) == ["well__ours__1.csv", "well__ours__1.json"]
 
     (folder / "mended").touch()
     (folder / "started").unlink()
+    toys = folder / "benchmarks/suites/toys.toml"
+    toys.write_text(toys.read_text().replace("--how short", "--how fine"))
     code, out, _ = run_toys(folder)
     assert code == 0
-    assert "8 of 8 runs are in" in out
-    assert started(folder) == ["die 1", "die 2", "fail 1", "fail 2", "hang 1", "hang 2", "well 2"]
+    assert "10 of 10 runs are in" in out
+    assert started(folder) == ["die 1", "die 2", "fail 1", "fail 2", "fine 1", "fine 2", "hang 1", "hang 2", "well 2"]
     assert before.items() <= results(folder).items()
-    assert len(results(folder)) == 16
+    assert len(results(folder)) == 20
 
 
 def test_broken_results_are_redone_and_foreign_ones_are_not_mixed_in(project):
@@ -147,19 +164,17 @@ def test_broken_results_are_redone_and_foreign_ones_are_not_mixed_in(project):
     (folder / "started").unlink()
     code, _, err = run_toys(folder)
     assert code == 0
-    assert "well__ours__1.csv is not what the run wrote" in err
+    assert "well__ours__1.json and its .csv are not what the run wrote" in err
     assert "well__ours__2.json or its .csv is missing or cut short" in err
     assert started(folder) == ["well 1", "well 2"]
     assert {name: text for name, text in results(folder).items() if name.endswith("csv")} == {
         name: text for name, text in whole.items() if name.endswith("csv")
     }
 
-    record = json.loads(paths[1].read_text())
-    record["versions"]["numpy"] = "1.0"
-    paths[1].write_text(json.dumps(record))
+    rewrite(paths[1], versions={"python": platform.python_version(), "numpy": "1.0", "not-installed": "1"})
     code, _, err = run_toys(folder)
     assert code == 2
-    assert f"numpy 1.0 (now {np.__version__})" in err
+    assert f"has numpy 1.0 (not {np.__version__}): --redo" in err
     assert run_toys(folder, "--redo")[0] == 0
     assert json.loads(paths[1].read_text())["versions"]["numpy"] == np.__version__
 
@@ -172,25 +187,48 @@ def test_broken_results_are_redone_and_foreign_ones_are_not_mixed_in(project):
     code, _, err = run_toys(folder)
     assert code == 2
     assert "has code " in err
-    suite = folder / "benchmarks/suites/toys.toml"
-    suite.write_text(suite.read_text().replace("--how well", "--how well --bonus 1"))
+    toys = folder / "benchmarks/suites/toys.toml"
+    toys.write_text(toys.read_text().replace("--how well", "--how well --bonus 1"))
     assert "has command python toy.py --how well --torch" in run_toys(folder)[2]
+
+
+def stop_while_two_hang(folder, *argv):
+    """Starts the runner with patience, ends it with SIGTERM when both seeds of the toy that hangs are under way."""
+    toys = folder / "benchmarks/suites/toys.toml"
+    toys.write_text(toys.read_text().replace("0.1", "5"))
+    process = start_runner(folder, "--workers", "2", *argv)
+    for _ in range(3000):
+        if (folder / "started").exists() and started(folder) == ["hang 1", "hang 2", "well 1", "well 2"]:
+            break
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    else:
+        raise AssertionError("the runs have not been started")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "the same command goes on" in err
+    assert not any(alive(int(line)) for line in (folder / "processes").read_text().split())
+
+
+def test_a_script_that_changes_while_its_runs_are_under_way(project):
+    """What they then did cannot be told from their results, so there are none."""
+    folder = project("hang", flags=" --bonus 1")
+    toy = folder / "toy.py"
+    toy.write_text(toy.read_text().replace("time.sleep(1000)", "time.sleep(2)"))
+    process = start_runner(folder, "--seeds", "1")
+    while not (folder / "started").exists():
+        time.sleep(0.02)
+    toy.write_text(toy.read_text().replace("step / 10", "step / 11"))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "FAILED hang__ours__1: toy.py was changed in the meantime" in err
+    assert not (folder / "benchmarks/results").exists()
 
 
 def test_a_stopped_runner_stops_its_runs_and_goes_on_later(project):
     folder = project("well", "hang")
-    suite = folder / "benchmarks/suites/toys.toml"
-    suite.write_text(suite.read_text().replace("0.05", "5"))
-    process = start_runner(folder, "--workers", "2")
-    for _ in range(1000):
-        if (folder / "started").exists() and started(folder) == ["hang 1", "hang 2", "well 1", "well 2"]:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130, out
-    assert "the same command goes on" in err
-    assert not any(alive(int(line)) for line in (folder / "processes").read_text().split())
+    stop_while_two_hang(folder)
     (folder / "mended").touch()
     (folder / "started").unlink()
     assert run_toys(folder)[0] == 0
@@ -216,8 +254,24 @@ def test_ray_gives_the_same_results(project):
         if name.endswith(".csv"):
             assert text == here[name]
         else:
-            records = [json.loads(x) | {"seconds": 0} for x in (text, here[name])]
+            records = [json.loads(x) | {"seconds": 0, "sha256": ""} for x in (text, here[name])]
             assert records[0] == records[1]
+
+
+def test_a_stopped_runner_stops_what_runs_on_ray(project):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -r benchmarks/requirements-ray.txt")
+    stop_while_two_hang(project("well", "hang"), "--ray", "local")
+
+
+def test_results_of_a_machine_with_other_versions_are_refused(tmp_path, monkeypatch, capsys):
+    """As it may be one of a Ray cluster."""
+    config = {"args": {}, "versions": {"python": platform.python_version(), "torch": "1.0"}, "machine": "far away"}
+    texts = {"metrics.csv": "global_step,return\n30,1\n", "summary.json": json.dumps({"final": 1.0})}
+    outcome = texts | {"seconds": 1.0, "config.json": json.dumps(config)}
+    monkeypatch.setattr(runner, "run_here", lambda runs, *_: ((run, outcome) for run in runs))
+    assert not runner.run_suite(toy_suite(), runner.Args("toys"), tmp_path)
+    assert "FAILED A__ours__1: its machine has torch 1.0 (not " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_check_compares_with_the_committed_result(project, monkeypatch):
@@ -230,21 +284,27 @@ def test_check_compares_with_the_committed_result(project, monkeypatch):
     code, out, _ = run_toys(folder, "--check")
     assert code == 0
     assert "bit for bit" in out
-    monkeypatch.setenv("LUCK", "0.5")  # between the seeds' 1 and 2
+    monkeypatch.setenv("LUCK", "0.5")  # the same machine should give the same
+    code, out, _ = run_toys(folder, "--check")
+    assert code == 1
+    assert "NOT as in" in out
+    assert results(folder) == before
+    for path in (folder / "benchmarks/results/toys").glob("*.json"):
+        rewrite(path, machine="another")
     code, out, _ = run_toys(folder, "--check")
     assert code == 0
+    assert "which has machine another (now a toy's)" in out
     assert "final 1.5 is within the seeds' 1 to 2" in out
     monkeypatch.setenv("LUCK", "1.5")
     code, out, _ = run_toys(folder, "--check")
     assert code == 1
     assert "final 2.5 is OUTSIDE the seeds' 1 to 2" in out
-    assert results(folder) == before
 
 
-@pytest.mark.parametrize("flag", ["--workers", "--seeds"])
-def test_wrong_flags_end_with_one_line(project, flag):
-    code, _, err = run_toys(project("well"), flag, "0")
-    assert (code, err) == (2, "error: --workers and --seeds must be at least 1\n")
+@pytest.mark.parametrize("flags", ["--workers 0", "--seeds 0", "--seeds 3"])
+def test_wrong_flags_end_with_one_line(project, flags):
+    code, _, err = run_toys(project("well"), *flags.split())
+    assert (code, err) == (2, "error: --workers must be at least 1 and --seeds 1 to 2, the suite's\n")
 
 
 def test_unknown_suite():
@@ -260,7 +320,7 @@ def test_a_real_run(tmp_path):
     run = replace(load_suite("classic").runs(1)[0], flags=flags)
     suite = replace(load_suite("classic"), grid=250, until=1000)
     outcome = runner.execute(run.command.split(), str(ROOT), 100)
-    record, text = runner.result_of(suite, run, outcome)
+    record, text = runner.result_of(suite, run, outcome, runner.commit())
     runner.save(tmp_path, run.name, record, text)
     script = [sys.executable, run.script, *flags.split(), "--seed", "1", "--run-dir", str(tmp_path / "run")]
     subprocess.run(script, cwd=ROOT, check=True, capture_output=True)
@@ -275,7 +335,8 @@ def test_a_real_run(tmp_path):
     assert record["flags"] == config["args"] | {"torch_threads": 1}
     assert (record["versions"], record["machine"]) == (config["versions"], config["machine"])
     assert record["code"] == code_hash(ROOT / run.script)
-    assert runner.differences(run, record) == ""
+    assert record["git"] == config["git"] != ""
+    assert differences(record, runner.identity(run, record["versions"])) == ""
 
 
 # -------------------------------------------------------------------------------------------------- results and figures
@@ -313,7 +374,7 @@ def toys(tmp_path):
         config = {"args": {}, "versions": {"torch": "2"}, "machine": "a toy's"}
         summary = {"final": 2 * run.seed if run.task == "A" else -run.seed}
         texts = {"metrics.csv": metrics, "config.json": json.dumps(config), "summary.json": json.dumps(summary)}
-        runner.save(tmp_path, run.name, *runner.result_of(suite, run, texts | {"seconds": 60.0 + run.seed}))
+        runner.save(tmp_path, run.name, *runner.result_of(suite, run, texts | {"seconds": 60.0 + run.seed}, "commit"))
     return suite, tmp_path
 
 
@@ -321,7 +382,11 @@ def test_grid_by_hand():
     suite = toy_suite(grid=10, until=30)
     metrics = "iteration,global_step,return\n" + "1,4,nan\n2,10,1\n3,11,2\n4,20,4\n5,29,5\n6,33,7\n"
     assert on_grid(suite, metrics) == "global_step,return\n10,1.0\n20,3.0\n30,6.0\n"
-    assert on_grid(suite, "global_step,return\n4,nan\n20,2\n") == "global_step,return\n10,nan\n20,2.0\n30,nan\n"
+    assert on_grid(suite, "global_step,return\n4,nan\n20,2\n40,3\n") == "global_step,return\n10,nan\n20,2.0\n30,3.0\n"
+    with pytest.raises(BenchmarkError, match="ends before step 30"):
+        on_grid(suite, "global_step,return\n20,1\n")
+    with pytest.raises(BenchmarkError, match="lacks return"):
+        on_grid(suite, "global_step,reward\n30,1\n")
 
 
 def test_bootstrap_interval_equals_scipys():
@@ -384,16 +449,14 @@ def test_figure_shows_each_seed_the_mean_and_its_interval(toys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record, text: (record, text[:-5]), "A__ours__2.csv is not what the run wrote"),
-        (lambda record, text: (record, text.replace("30,6", "30,9")), "A__ours__2.csv is not what the run wrote"),
+        (lambda record, text: (record, text[:-5]), "2.json and its .csv are not what the run wrote"),
+        (lambda record, text: (record, text.replace("30,6", "30,9")), "2.json and its .csv are not what the run wrote"),
+        (lambda record, text: (record | {"summary": {"final": 9}}, text), "are not what the run wrote"),
         (lambda record, text: (record, None), "A__ours__2.json or its .csv is missing or cut short"),
         (lambda record, text: ({}, text), "A__ours__2.json or its .csv is missing or cut short"),
-        (lambda record, text: (record | {"versions": {"torch": "3"}}, text), "differs from the others in versions"),
-        (lambda record, text: (record | {"code": "0"}, text), "differs from the others in code"),
-        (lambda record, text: (record | {"command": "python x.py"}, text), "made by another command: python x.py"),
     ],
 )
-def test_broken_and_foreign_results_are_not_drawn(toys, change, message):
+def test_broken_results_are_not_drawn(toys, change, message):
     suite, folder = toys
     path, table = folder / "A__ours__2.json", folder / "A__ours__2.csv"
     record, text = change(json.loads(path.read_text()), table.read_text())
@@ -403,11 +466,32 @@ def test_broken_and_foreign_results_are_not_drawn(toys, change, message):
         plot.load_results(suite, folder)
 
 
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"versions": {"torch": "3"}}, "it has torch 3 (not 2)"),
+        ({"code": "0"}, "it has code 0 (not "),
+        ({"command": "python x.py"}, "it has command python x.py (not python ppo_mlp_discrete.py --env-id A"),
+    ],
+)
+def test_foreign_results_are_not_drawn(toys, facts, message):
+    suite, folder = toys
+    rewrite(folder / "A__ours__2.json", **facts)
+    with pytest.raises(BenchmarkError, match=re.escape(message)):
+        plot.load_results(suite, folder)
+
+
+def test_packages_that_only_some_machines_have_make_no_difference(toys):
+    suite, folder = toys
+    rewrite(folder / "A__ours__2.json", versions={"torch": "2", "envpool": "1"})
+    assert len(plot.load_results(suite, folder)[0].records) == 4
+
+
 def test_results_of_another_grid_or_none_at_all(toys, tmp_path):
     suite, folder = toys
     with pytest.raises(BenchmarkError, match="other columns or steps than the suite"):
         plot.load_results(replace(suite, grid=15), folder)
-    with pytest.raises(BenchmarkError, match=r"holds no results: python benchmarks/run\.py toys makes them"):
+    with pytest.raises(BenchmarkError, match=r"lacks results: python benchmarks/run\.py toys makes them"):
         plot.load_results(suite, tmp_path / "nowhere")
 
 
@@ -426,11 +510,78 @@ def test_tables_and_links_are_put_where_they_belong():
         plot.relink("[`nothing`](ppo_mlp_discrete.py#L1)")
 
 
+def test_frontier_shows_scores_over_the_root_of_the_divergence():
+    curves = {"kl": np.array([[0.0, 4], [-0.1, 16]]), "gold": np.array([[1.0, 2], [3, 4]])}
+    group = plot.Group("A", "ours", [{}, {}], curves)
+    figure = plot.Figure()
+    plot.draw_frontier(figure.subplots(), group, {"kl": "kl", "gold": "gold score"}, "ours")
+    lines = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in figure.axes[0].lines]
+    assert lines == [([0, 2], [1, 2]), ([0, 4], [3, 4]), ([0, 3], [2, 3])]
+
+
+def test_overview_and_times_by_hand(toys):
+    suite, folder = toys
+    loaded = {"toys": (suite, plot.load_results(suite, folder))}
+    overview = plot.overview_table(loaded)
+    assert re.search(
+        r"\| `ppo_mlp_discrete.py` \| A \| final figure \| 4 \| 5.00 \(.*\) \| 7.2 ± 1.0 \(Them\) \| 1.0 \|", overview
+    )
+    # eight runs of 62.5 s on the average, two at a time
+    assert "| `python benchmarks/run.py toys --results mine` | ppo_mlp_discrete.py | 8 | 4 minutes | a toy's |" in (
+        plot.times_table(loaded)
+    )
+
+
+def test_speed_table_by_hand():
+    comparisons = [
+        speed.compare("x.py", "a run", "steps/s", "them", [3000.0, 2000, 4000], [1000, 1000, 1000]),
+        speed.compare("x.py", "memory", "GB", "them", [2.0], [5.0]),
+        speed.compare("x.py", "never reached", "s", "them", [], []),
+    ]
+    rows = plot.speed_table({"x": {"machine": "here", "comparisons": comparisons}}).splitlines()[2:]
+    ratio = "3.00 (2.00 to 4.00) times as fast; 3 pairs"
+    assert rows == [
+        f"| `x.py` | a run: steps/s | 3,000 (2,000 to 4,000) | 1,000, them | {ratio} | here |",
+        "| `x.py` | memory: GB | 2.0 | 5.0, them | 40 % of it; 1 pair | here |",
+    ]
+
+
 # ------------------------------------------------------------------------------------------------- what is committed
 
 
 def test_documents_and_figures_show_the_committed_results():
     assert plot.stale() == []
+
+
+def test_what_does_not_show_the_results_is_noticed(tmp_path, monkeypatch):
+    """A number changed by hand, a figure that is missing, one drawn from other results, one with other labels."""
+    documents = tuple(tmp_path / f"{path.parent.name}.md" for path in plot.DOCUMENTS)
+    for path, copy in zip(plot.DOCUMENTS, documents):
+        copy.write_text(path.read_text())
+    shutil.copytree(plot.FIGURES, tmp_path / "figures")
+    shutil.copytree(plot.RESULTS, tmp_path / "results")
+    shutil.copytree(plot.SUITES, tmp_path / "suites")
+    for name, path in {
+        "DOCUMENTS": documents,
+        "FIGURES": tmp_path / "figures",
+        "RESULTS": tmp_path / "results",
+    }.items():
+        monkeypatch.setattr(plot, name, path)
+    for module in (plot, suite_module):
+        monkeypatch.setattr(module, "SUITES", tmp_path / "suites")
+    assert plot.stale() == []
+    readme = documents[0].read_text()
+    documents[0].write_text(re.sub(r"(\| CartPole-v1 \| training return \| \d+ \| )", r"\g<1>1", readme, count=1))
+    (tmp_path / "figures/llm.svg").unlink()
+    rewrite(tmp_path / "results/pizza/pizza__ours__1.json", seconds=1.5)
+    labels = tmp_path / "suites/rlhf.toml"
+    labels.write_text(labels.read_text().replace("gold score", "golden score"))
+    assert {path.name for path in plot.stale()} == {
+        *(path.name for path in documents), "llm.svg", "pizza.svg", "rlhf.svg"
+    }  # fmt: skip
+    documents[0].write_text(readme.replace("<!-- plot.py: speed -->", ""))
+    with pytest.raises(BenchmarkError, match="no document has a place for the table speed"):
+        plot.stale()
 
 
 @pytest.mark.parametrize("name", plot.ORDER)

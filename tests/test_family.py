@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import tyro
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
@@ -148,8 +149,10 @@ def test_readme_commands_exist(monkeypatch):
                 continue
             assert (ROOT / script).exists(), command
             ran.add(script)
+            flags = words[words.index(script) + 1 :]
+            if script in ("benchmarks/run.py", "benchmarks/speed.py"):
+                tyro.cli(importlib.import_module(Path(script).stem).Args, args=flags)
             if (ROOT / script) in SCRIPTS:
-                flags = words[words.index(script) + 1 :]
                 module = importlib.import_module(Path(script).stem)
                 monkeypatch.setattr(sys, "argv", [script, *(flag.replace("$seed", "1") for flag in flags)])
                 with contextlib.suppress(SystemExit):  # --help; a flag that is not there raises UserError
