@@ -133,10 +133,12 @@ def draw(suite: Suite, groups: list[Group]) -> Figure:
     tasks = list(dict.fromkeys(group.task for group in groups))
     panels = [(task, panel) for task in tasks for panel in suite.panels]
     frontiers = groups if suite.frontier else []
-    rows = -(-(len(panels) + len(frontiers)) // 2)
-    figure = Figure(figsize=(7, 2.6 * rows), layout="constrained")
+    count = len(panels) + len(frontiers)
+    columns = min(count, 2)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(3.5 * columns, 2.6 * rows), layout="constrained")
     figure.suptitle(suite.title, fontsize=11)
-    all_axes = [figure.add_subplot(rows, 2, i + 1) for i in range(len(panels) + len(frontiers))]
+    all_axes = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
     x = np.arange(suite.grid, suite.until + 1, suite.grid)
     for (task, panel), axes in zip(panels, all_axes):
         for colour, (setting, label) in zip(COLOURS, suite.settings.items()):
@@ -242,7 +244,9 @@ def iqm_table(suite: Suite, groups: list[Group]) -> list[str]:
         ]
         low, high = (number(x, 2) for x in iqm_interval(scores))
         rows.append([label, f"{number(iqm(np.concatenate(scores)), 2)} ({low} to {high})"])
-    limits = "; ".join(f"{task} {number(a, 0)} and {number(b)}" for task, (a, b) in suite.normalise.items())
+    limits = "; ".join(
+        f"{task} {number(a, 0)} and {number(b, 0 if b == int(b) else 1)}" for task, (a, b) in suite.normalise.items()
+    )
     note = f"Scores are linear in the {suite.figures[0]['label']}; 0 and 1 are, for {limits} ({suite.normalised_by})."
     return [table(["setting", "interquartile mean of the normalised scores of all tasks and seeds"], rows), note]
 

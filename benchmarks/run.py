@@ -11,6 +11,7 @@ the exit code is 1.
 
 import contextlib
 import json
+import os
 import platform
 import signal
 import subprocess
@@ -116,6 +117,7 @@ def run_on_ray(runs: list[Run], timeout: float, address: str, workers: int) -> I
         import ray
     except ImportError:
         raise BenchmarkError("--ray needs a package: pip install -r benchmarks/requirements-ray.txt") from None
+    os.environ.setdefault("RAY_worker_niceness", "0")  # a cluster started here has nothing to give way to
     where = {"address": "local", "num_cpus": workers} if address == "local" else {"address": address}
     excludes = [".git", ".venv", "runs", "benchmarks/results", "tests"]
     copy = {"working_dir": str(ROOT), "excludes": excludes}

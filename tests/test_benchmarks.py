@@ -367,10 +367,10 @@ def toy_suite(**changes):
 
 @pytest.fixture
 def toys(tmp_path):
-    """A suite and a folder with its results: returns of seed s are s, 2 s, 3 s, final figures 2 s and -s."""
+    """A suite and a folder with its results: returns of seed s are s², 2 s², 3 s², final figures 2 s and -s."""
     suite = toy_suite()
     for run in suite.runs(suite.seeds):
-        metrics = "global_step,return\n" + "".join(f"{10 * i},{i * run.seed}\n" for i in (1, 2, 3))
+        metrics = "global_step,return\n" + "".join(f"{10 * i},{i * run.seed**2}\n" for i in (1, 2, 3))
         config = {"args": {}, "versions": {"torch": "2"}, "machine": "a toy's"}
         summary = {"final": 2 * run.seed if run.task == "A" else -run.seed}
         texts = {"metrics.csv": metrics, "config.json": json.dumps(config), "summary.json": json.dumps(summary)}
@@ -435,11 +435,11 @@ def test_figure_shows_each_seed_the_mean_and_its_interval(toys):
     assert [axes.get_title() for axes in figure.axes] == ["A", "B"]
     for axes in figure.axes:
         *thin, mean = axes.lines
-        assert [line.get_ydata().tolist() for line in thin] == [[s, 2 * s, 3 * s] for s in (1, 2, 3, 4)]
+        assert [line.get_ydata().tolist() for line in thin] == [[s, 2 * s, 3 * s] for s in (1, 4, 9, 16)]
         assert mean.get_xdata().tolist() == [10, 20, 30]
-        assert mean.get_ydata().tolist() == [2.5, 5, 7.5]
+        assert mean.get_ydata().tolist() == [7.5, 15, 22.5]
         assert mean.get_linewidth() > 2 * thin[0].get_linewidth()
-        low, high = plot.bootstrap_interval(np.array([1.0, 2, 3, 4]))
+        low, high = plot.bootstrap_interval(np.array([1.0, 4, 9, 16]))
         (band,) = axes.collections
         edge = band.get_paths()[0].vertices
         assert edge[edge[:, 0] == 30, 1].min() == pytest.approx(3 * low)
@@ -450,7 +450,7 @@ def test_figure_shows_each_seed_the_mean_and_its_interval(toys):
     ("change", "message"),
     [
         (lambda record, text: (record, text[:-5]), "2.json and its .csv are not what the run wrote"),
-        (lambda record, text: (record, text.replace("30,6", "30,9")), "2.json and its .csv are not what the run wrote"),
+        (lambda record, text: (record, text.replace("30,12", "30,9")), "2.json and its .csv are not what the run wrote"),
         (lambda record, text: (record | {"summary": {"final": 9}}, text), "are not what the run wrote"),
         (lambda record, text: (record, None), "A__ours__2.json or its .csv is missing or cut short"),
         (lambda record, text: ({}, text), "A__ours__2.json or its .csv is missing or cut short"),
