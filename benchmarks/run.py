@@ -81,8 +81,6 @@ def execute(command: list[str], root: str, timeout: float, started: Callable = l
             process.kill()
             output, _ = process.communicate()
             ended = f"no end within {timeout / 60:g} minutes"
-        finally:
-            process.kill()  # where Ray cancels this
         seconds = time.perf_counter() - start
         files = [Path(folder, "run", name) for name in ("metrics.csv", "config.json", "summary.json")]
         if process.returncode or not all(file.exists() for file in files):
@@ -137,11 +135,7 @@ def run_on_ray(runs: list[Run], timeout: float, address: str, workers: int) -> I
                 outcome = {"error": str(error)}
             yield waiting.pop(done), outcome
     finally:
-        for left in waiting:
-            ray.cancel(left)
-        if waiting:  # for their scripts to end
-            ray.wait(list(waiting), num_returns=len(waiting), timeout=10)
-        ray.shutdown()
+        ray.shutdown()  # ends its workers and their scripts
 
 
 def identity(run: Run, versions: dict[str, str]) -> dict:

@@ -450,7 +450,7 @@ def test_figure_shows_each_seed_the_mean_and_its_interval(toys):
     ("change", "message"),
     [
         (lambda record, text: (record, text[:-5]), "2.json and its .csv are not what the run wrote"),
-        (lambda record, text: (record, text.replace("30,12", "30,9")), "2.json and its .csv are not what the run wrote"),
+        (lambda record, text: (record, text.replace("30,12", "30,9")), "2.json and its .csv are not"),
         (lambda record, text: (record | {"summary": {"final": 9}}, text), "are not what the run wrote"),
         (lambda record, text: (record, None), "A__ours__2.json or its .csv is missing or cut short"),
         (lambda record, text: ({}, text), "A__ours__2.json or its .csv is missing or cut short"),
