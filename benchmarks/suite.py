@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import tokenize
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,12 +90,18 @@ def load_suite(name: str) -> Suite:
 
 
 def code_hash(script: Path) -> str:
-    """Hash of a script without its comments and docstrings, which change no figure."""
-    tree = ast.parse(script.read_text())
-    for node in ast.walk(tree):
-        if isinstance(getattr(node, "body", None), list):
-            node.body = [x for x in node.body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    """Hash of a script without its comments, docstrings and empty lines, which change no figure."""
+    source = script.read_text()
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    code = "\n".join(line.rstrip() for line in lines if line.strip())
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def on_grid(suite: Suite, metrics: str) -> str:

@@ -389,6 +389,20 @@ def test_grid_by_hand():
         on_grid(suite, "global_step,reward\n30,1\n")
 
 
+def test_code_hash_sees_code_alone(tmp_path):
+    script = tmp_path / "x.py"
+
+    def hashed(text):
+        script.write_text(text)
+        return code_hash(script)
+
+    first = hashed('"""A."""\n\n\ndef f(x):\n    """B.\n\n    C."""\n    return x + "#1"  # more\n')
+    assert hashed('"""D."""\ndef f(x):  # E\n    # F\n    return x + "#1"\n') == first
+    assert hashed('def f(x):\n    return x + "#2"\n') != first
+    assert hashed('def f(x):\n    x\n    return x + "#1"\n') != first
+    assert hashed('def f(x):\n  return x + "#1"\n') != first
+
+
 def test_bootstrap_interval_equals_scipys():
     values = np.random.default_rng(1).normal(size=(7, 3))
     low, high = plot.bootstrap_interval(values, resamples=100_000)

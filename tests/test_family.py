@@ -94,6 +94,10 @@ def test_pyproject_agrees_with_requirements():
         (pin,) = requirement.specifier
         assert pin.operator == "=="
         assert ranges[name].specifier.contains(pin.version)
+    for extra, file in (("ray", "requirements-ray.txt"), ("envpool", "requirements-peers.txt")):
+        (wanted,) = map(Requirement, extras[extra])
+        (pin,) = requirements(ROOT / "benchmarks" / file)[wanted.name].specifier
+        assert wanted.specifier.contains(pin.version)
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
     assert listed == [path.stem for path in SCRIPTS]
 
