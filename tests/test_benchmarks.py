@@ -316,7 +316,7 @@ def test_unknown_suite():
 
 def test_a_real_run(tmp_path):
     """The runner's CSV is the script's own metrics.csv on the grid, whatever else stands in it."""
-    flags = "--num-steps 32 --num-envs 4 --total-timesteps 1000 --eval-episodes 0"
+    flags = "--num-steps 32 --num-envs 4 --total-timesteps 1000 --eval-episodes 1"
     run = replace(load_suite("classic").runs(1)[0], flags=flags)
     suite = replace(load_suite("classic"), grid=250, until=1000)
     outcome = runner.execute(run.command.split(), str(ROOT), 100)
