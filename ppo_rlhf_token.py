@@ -1123,7 +1123,7 @@ def gold_score(review: str) -> float:
 def ask_people(
     prompts: list[Example], first: list[list[int]], second: list[list[int]], read: Callable, args: Args
 ) -> list[Example]:
-    """What simulated people say of samples of the model: which of two responses they like better, or how they rate the
+    """What simulated people say of samples of the model: which of two responses they like better, or how they rate
     each from 1 to 10. They have the gold score in mind, and err."""
     rng = random.Random(args.seed)
     judged = []

@@ -116,13 +116,14 @@ def draw_curve(axes: Axes, x: np.ndarray, curves: np.ndarray, colour: str, label
     axes.plot(x[whole], curves[:, whole].mean(0), color=colour, linewidth=2, label=label)
 
 
-def draw_frontier(axes: Axes, group: Group, frontier: dict[str, str], title: str) -> None:
+def draw_frontier(axes: Axes, group: Group, kl: str, frontier: list[dict[str, str]], title: str) -> None:
     """Scores over the root of the KL divergence (Gao et al. 2022, fig. 1): each seed thin, the mean over seeds of both
-    thick."""
-    for colour, (metric, label) in zip(("tab:purple", "tab:green"), list(frontier.items())[1:]):
-        root = np.sqrt(np.maximum(group.curves[frontier["kl"]], 0))
-        axes.plot(root.T, group.curves[metric].T, color=colour, alpha=0.35, linewidth=0.6)
-        axes.plot(root.mean(0), group.curves[metric].mean(0), color=colour, linewidth=2, label=label)
+    thick. kl: its metric, frontier: those of the scores."""
+    root = np.sqrt(np.maximum(group.curves[kl], 0))  # (S, P); an estimate, which can be below 0
+    for colour, line in zip(("tab:purple", "tab:green"), frontier):
+        scores = group.curves[line["metric"]]
+        axes.plot(root.T, scores.T, color=colour, alpha=0.35, linewidth=0.6)
+        axes.plot(root.mean(0), scores.mean(0), color=colour, linewidth=2, label=line["label"])
     axes.set(xlabel="square root of the KL divergence in nats", ylabel="score", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
@@ -150,7 +151,7 @@ def draw(suite: Suite, groups: list[Group]) -> Figure:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     for group, axes in zip(frontiers, all_axes[len(panels) :]):
-        draw_frontier(axes, group, suite.frontier, suite.settings[group.setting])
+        draw_frontier(axes, group, suite.kl, suite.frontier, suite.settings[group.setting])
     return figure
 
 
@@ -169,16 +170,16 @@ def number(value: float, digits: int = 1) -> str:
     return f"{value:,.{digits}f}".replace("-", "−")
 
 
-def cell(values: np.ndarray, digits: int = 1, scale: float = 1) -> str:
-    """mean (its 95 % interval)"""
-    low, high = bootstrap_interval(values)
-    mean, low, high = (number(scale * x, digits) for x in (values.mean(), low, high))
-    return mean if low == high else f"{mean} ({low} to {high})"
+def interval(middle: float, low: float, high: float, digits: int = 1) -> str:
+    """middle (low to high), or the one number where they are the same"""
+    middle, low, high = (number(x, digits) for x in (middle, low, high))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def figure_cell(group: Group, figure: dict) -> str:
-    """A figure of a group, as the suite wants it shown."""
-    return cell(group.figure(figure["name"]), figure.get("digits", 1), figure.get("scale", 1))
+    """The mean of a figure over a group's seeds and its 95 % interval, as the suite wants it shown."""
+    values = figure.get("scale", 1) * group.figure(figure["name"])
+    return interval(values.mean(), *bootstrap_interval(values), figure.get("digits", 1))
 
 
 def published_cell(source: dict, task: str) -> str:
@@ -242,8 +243,7 @@ def iqm_table(suite: Suite, groups: list[Group]) -> list[str]:
             for group in groups
             if group.setting == setting
         ]
-        low, high = (number(x, 2) for x in iqm_interval(scores))
-        rows.append([label, f"{number(iqm(np.concatenate(scores)), 2)} ({low} to {high})"])
+        rows.append([label, interval(iqm(np.concatenate(scores)), *iqm_interval(scores), 2)])
     limits = "; ".join(
         f"{task} {number(a, 0)} and {number(b, 0 if b == int(b) else 1)}" for task, (a, b) in suite.normalise.items()
     )
@@ -271,8 +271,7 @@ def overview_table(loaded: dict[str, tuple[Suite, list[Group]]]) -> str:
 
 def spread(values: list[float], digits: int = 0) -> str:
     """median (minimum to maximum)"""
-    middle, low, high = (number(f(values), digits) for f in (statistics.median, min, max))
-    return middle if low == high else f"{middle} ({low} to {high})"
+    return interval(statistics.median(values), min(values), max(values), digits)
 
 
 def speed_table(measured: dict[str, dict]) -> str:
@@ -413,7 +412,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.results:
-            for name in filter(lambda name: (args.results / name).exists(), ORDER):
+            names = [name for name in ORDER if (args.results / name).exists()]
+            if not names:
+                raise BenchmarkError(f"{args.results} holds results of no suite: benchmarks/run.py makes them")
+            for name in names:
                 suite = load_suite(name)
                 groups = load_results(suite, args.results / name)
                 save_figure(suite, groups, args.results)

@@ -202,8 +202,8 @@ def missing(suite: Suite, runs: list[Run], args: Args, folder: Path) -> list[Run
 
 
 def check(suite: Suite, folder: Path) -> bool:
-    """Runs the suite's first run again; whether its result is the one in folder or, where something else than the seed
-    differs, within the range of the seeds there."""
+    """Runs the suite's first run again; whether its result is the one in folder or, where machine, code or versions
+    differ, within the range of the seeds there."""
     first, *_ = runs = suite.runs(suite.seeds)
     results = [
         read_result(suite, run, folder) for run in runs if (run.task, run.setting) == (first.task, first.setting)
@@ -278,7 +278,7 @@ def main() -> None:
     args = tyro.cli(Args)
     try:
         suite = load_suite(args.suite)
-        if args.workers < 1 or not 1 <= (args.seeds or suite.seeds) <= suite.seeds or args.seeds == 0:
+        if args.workers < 1 or (args.seeds is not None and not 1 <= args.seeds <= suite.seeds):
             raise BenchmarkError(f"--workers must be at least 1 and --seeds 1 to {suite.seeds}, the suite's")
         folder = args.results / suite.name
         good = check(suite, folder) if args.check else run_suite(suite, args, folder)

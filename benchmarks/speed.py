@@ -491,7 +491,7 @@ def rlhf(args: Args, memory: bool = False) -> dict:
 def main() -> None:
     """Runs suites, prints them and writes them down."""
     args = tyro.cli(Args)
-    if (args.pairs or 1) < 1 or args.pairs == 0 or (args.steps or 2048) < 2048:
+    if (args.pairs is not None and args.pairs < 1) or (args.steps is not None and args.steps < 2048):
         print("error: --pairs must be at least 1 and --steps at least 2048", file=sys.stderr)
         sys.exit(2)
     suites = {
@@ -501,11 +501,11 @@ def main() -> None:
         "rlhf": (rlhf, 3, "trl"),
         "rlhf_memory": (partial(rlhf, memory=True), 1, "trl"),
     }
+    chosen = list(suites) if args.suite == "all" else [args.suite]
     has_gpu = torch.cuda.is_available()
     if has_gpu:  # there, rlhf measures memory too, without a peer
         suites["rlhf"] = (rlhf, 3, None)
-        del suites["rlhf_memory"]
-    chosen = list(suites) if args.suite == "all" else [args.suite]
+        chosen = list(dict.fromkeys("rlhf" if name == "rlhf_memory" else name for name in chosen))
     for name in chosen:
         if suites[name][2] and find_spec(suites[name][2]) is None:
             mend = "pip install -r benchmarks/requirements-peers.txt"

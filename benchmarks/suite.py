@@ -2,7 +2,7 @@
 
 A suite is a file suites/NAME.toml: one script, groups of runs (a task with a setting, as flags of the script) and a
 number of seeds. Each run leaves two files in results/NAME/: TASK__SETTING__SEED.csv with its metrics on a fixed grid of
-steps, and a .json beside it with all that the figures depend on, and the .csv's checksum.
+steps, and a .json beside it with its final figures, all that they depend on, and a checksum of both files.
 """
 
 import ast
@@ -28,7 +28,6 @@ class BenchmarkError(Exception):
 class Run:
     """One run of a suite."""
 
-    suite: str
     script: str
     task: str
     setting: str
@@ -66,7 +65,8 @@ class Suite:
     normalise: dict[str, tuple[float, float]] = field(default_factory=dict)  # task: returns that score 0 and 1
     normalised_by: str = ""  # where these two are from
     published: list[dict] = field(default_factory=list)  # others' figures, the most comparable first
-    frontier: dict[str, str] = field(default_factory=dict)  # "kl" and metrics to draw over its root: their labels
+    kl: str = ""  # the metric over whose root to draw the frontier's
+    frontier: list[dict[str, str]] = field(default_factory=list)  # metric, label
 
     @property
     def headline(self) -> str:
@@ -75,9 +75,7 @@ class Suite:
 
     def runs(self, seeds: int) -> list[Run]:
         """All runs, seed by seed, so that a part of them covers all groups."""
-        return [
-            Run(self.name, self.script, seed=seed, **group) for seed in range(1, seeds + 1) for group in self.groups
-        ]
+        return [Run(self.script, seed=seed, **group) for seed in range(1, seeds + 1) for group in self.groups]
 
 
 def load_suite(name: str) -> Suite:

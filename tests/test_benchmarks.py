@@ -528,7 +528,7 @@ def test_frontier_shows_scores_over_the_root_of_the_divergence():
     curves = {"kl": np.array([[0.0, 4], [-0.1, 16]]), "gold": np.array([[1.0, 2], [3, 4]])}
     group = plot.Group("A", "ours", [{}, {}], curves)
     figure = plot.Figure()
-    plot.draw_frontier(figure.subplots(), group, {"kl": "kl", "gold": "gold score"}, "ours")
+    plot.draw_frontier(figure.subplots(), group, "kl", [{"metric": "gold", "label": "gold score"}], "ours")
     lines = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in figure.axes[0].lines]
     assert lines == [([0, 2], [1, 2]), ([0, 4], [3, 4]), ([0, 3], [2, 3])]
 
@@ -565,6 +565,22 @@ def test_speed_table_by_hand():
 
 def test_documents_and_figures_show_the_committed_results():
     assert plot.stale() == []
+
+
+def test_results_of_ones_own(tmp_path, monkeypatch, capsys):
+    """Their tables are printed and their figures drawn beside them; the documents stay."""
+    shutil.copytree(plot.RESULTS / "llm", tmp_path / "llm")
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(tmp_path)])
+    plot.main()
+    suite = load_suite("llm")
+    assert plot.results_table(suite, plot.load_results(suite, tmp_path / "llm")) in capsys.readouterr().out
+    assert "<svg" in (tmp_path / "llm.svg").read_text()
+    assert plot.stale() == []
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(tmp_path / "llm")])
+    with pytest.raises(SystemExit) as stopped:
+        plot.main()
+    assert stopped.value.code == 2
+    assert "llm holds results of no suite" in capsys.readouterr().err
 
 
 def test_what_does_not_show_the_results_is_noticed(tmp_path, monkeypatch):
