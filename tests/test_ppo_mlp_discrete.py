@@ -415,11 +415,19 @@ def test_probe_endless_task_cut_by_truncation(tmp_path):
     assert values_of(run_dir, [0]) == pytest.approx([10], abs=0.3)
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
-def test_probe_composite_spaces(tmp_path, mode):
+def test_probe_composite_spaces(tmp_path):
     """Dict observations with an image and a shifted Discrete; MultiDiscrete actions with starts."""
-    run_dir = train_probe(tmp_path, "Locks", vectorization_mode=mode, eval_episodes=50, total_timesteps=6_000)
+    run_dir = train_probe(tmp_path, "Locks", eval_episodes=50, total_timesteps=6_000)
     assert json.loads((run_dir / "summary.json").read_text())["eval_return_greedy"] == 1
+
+
+def test_environments_in_processes_of_their_own(tmp_path):
+    """They give what those in this process give."""
+    for mode in ("sync", "async"):
+        args = SMALL | {"env_id": "probe_envs:Locks-v0", "total_timesteps": 500, "vectorization_mode": mode}
+        ppo.train(Args(run_dir=str(tmp_path / mode), **args))
+    assert read_metrics(tmp_path / "sync") == read_metrics(tmp_path / "async")
+    same_weights(tmp_path / "sync", tmp_path / "async")
 
 
 def test_probe_tuple_observation_and_table_of_actions(tmp_path):

@@ -553,8 +553,8 @@ def test_closed_form_optimum(tmp_path):
     body = """table = {"a": 1.0, "b": -0.5, "c": 0.3, "[UNK]": 0.0, "go": 0.0}
     return [sum(table[w] * (1 + i) for i, w in enumerate(x.split())) - 2 * ("a b" in x) for x in responses]"""
     reward = reward_file(tmp_path, body)
-    ppo_args = {"total_episodes": 25_600, "batch_size": 256, "num_minibatches": 2, "micro_batch_size": 128}
-    ppo_args |= {"learning_rate": 2e-3, "kl_coef": 0.5, "missing_eos_penalty": 0.0, "eval_samples": 10}
+    ppo_args = {"total_episodes": 15_360, "batch_size": 256, "num_minibatches": 2, "micro_batch_size": 128}
+    ppo_args |= {"learning_rate": 3e-3, "kl_coef": 0.5, "missing_eos_penalty": 0.0, "eval_samples": 10}
     run_dir = tmp_path / "run"
     given = {"model": str(tmp_path / "model"), "dataset": str(tmp_path / "rows.jsonl"), "reward_fn": reward}
     args = ppo.replace(args, **given, **ppo_args, sft_steps=0, run_dir=str(run_dir))
