@@ -248,7 +248,10 @@ def iqm_table(suite: Suite, groups: list[Group]) -> list[str]:
         f"{task} {number(a, 0)} and {number(b, 0 if b == int(b) else 1)}" for task, (a, b) in suite.normalise.items()
     )
     note = f"Scores are linear in the {suite.figures[0]['label']}; 0 and 1 are, for {limits} ({suite.normalised_by})."
-    return [table(["setting", "interquartile mean of the normalised scores of all tasks and seeds"], rows), note]
+    return [
+        table(["setting", "interquartile mean of the normalised scores of all tasks and seeds (95 % interval)"], rows),
+        note,
+    ]
 
 
 def overview_table(loaded: dict[str, tuple[Suite, list[Group]]]) -> str:
@@ -263,7 +266,8 @@ def overview_table(loaded: dict[str, tuple[Suite, list[Group]]]) -> str:
                 minutes = statistics.median(record["seconds"] for record in group.records) / 60
                 cells = [f"`{suite.script}`", group.task, main["label"], str(len(group.records))]
                 rows.append([*cells, figure_cell(group, main), published + source, number(minutes)])
-    return table(["script", "task", "figure", "seeds", "mean (95 % interval)", "published", "minutes"], rows)
+        head = ["script", "task", "figure", "seeds", "our settings' mean (95 % interval)", "published", "minutes"]
+    return table(head, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------- speed
@@ -366,7 +370,8 @@ def load_speed(folder: Path) -> dict[str, dict]:
             measured[name] = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise BenchmarkError(f"{path} is missing or cut short: benchmarks/speed.py {name} makes it") from error
-    return measured | {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*_cuda.json"))}
+    on_gpu = [path for name in SPEED if (path := folder / f"{name}_cuda.json").exists()]
+    return measured | {path.stem: json.loads(path.read_text()) for path in on_gpu}
 
 
 def documents_now(loaded: dict[str, tuple[Suite, list[Group]]]) -> dict[Path, str]:

@@ -81,6 +81,8 @@ def execute(command: list[str], root: str, timeout: float, started: Callable = l
             process.kill()
             output, _ = process.communicate()
             ended = f"no end within {timeout / 60:g} minutes"
+        finally:
+            process.kill()  # where Ctrl-C ends the wait
         seconds = time.perf_counter() - start
         files = [Path(folder, "run", name) for name in ("metrics.csv", "config.json", "summary.json")]
         if process.returncode or not all(file.exists() for file in files):
@@ -217,17 +219,18 @@ def check(suite: Suite, folder: Path) -> bool:
         return False
     record, text = result_of(suite, first, outcome, commit())
     committed, _ = results[0]
-    if text == (folder / f"{first.name}.csv").read_text():
-        print(f"bit for bit as in {folder / first.name}.csv")
+    value = record["summary"][suite.headline]
+    if text == (folder / f"{first.name}.csv").read_text() and value == committed["summary"][suite.headline]:
+        print(f"bit for bit as in {folder / first.name}.csv, {suite.headline} {value:g} as well")
         return True
     other = differences(committed, record)
     if committed["machine"] != record["machine"]:
         other = ", ".join(filter(None, [f"machine {committed['machine']} (now {record['machine']})", other]))
     if not other:
-        print(f"NOT as in {folder / first.name}.csv, although machine, versions and code are the same")
+        print(f"NOT as in {folder / first.name}.csv and .json, although machine, versions and code are the same")
         return False
     values = [r["summary"][suite.headline] for r, _ in results]
-    value, low, high = record["summary"][suite.headline], min(values), max(values)
+    low, high = min(values), max(values)
     within = low <= value <= high
     print(f"not bit for bit as in {folder / first.name}.csv, which has {other}")
     print(f"{suite.headline} {value:g} is {'within' if within else 'OUTSIDE'} the seeds' {low:g} to {high:g}")
@@ -246,19 +249,19 @@ def run_suite(suite: Suite, args: Args, folder: Path) -> bool:
     failed = 0
     with contextlib.closing(outcomes), tqdm(total=len(runs), initial=len(runs) - len(to_do), unit="run") as bar:
         for run, outcome in outcomes:
+            if code_hash(ROOT / suite.script) != code:
+                raise BenchmarkError(f"{suite.script} was changed while its runs were under way")
             try:
                 if "error" in outcome:
                     raise BenchmarkError(outcome["error"])
                 record, text = result_of(suite, run, outcome, git)
-                if record["code"] != code:
-                    raise BenchmarkError(f"{suite.script} was changed in the meantime")
                 if other := differences(record, identity(run, record["versions"])):  # on a machine of a Ray cluster
                     raise BenchmarkError(f"its machine has {other}: install requirements.txt there")
-            except BenchmarkError as error:
+                save(folder, run.name, record, text)
+            except (BenchmarkError, OSError) as error:
                 failed += 1
                 bar.write(f"FAILED {run.name}: {error}", file=sys.stderr)
                 continue
-            save(folder, run.name, record, text)
             figure = f"{suite.headline} {record['summary'][suite.headline]:g}"
             bar.write(f"{run.name}: {figure} in {record['seconds']:.0f} s", file=sys.stderr)
             bar.update()
@@ -286,7 +289,8 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on with the runs that are missing", file=sys.stderr)
+        after = "" if args.check else "; the same command goes on with the runs that are missing"
+        print(f"stopped{after}", file=sys.stderr)
         sys.exit(130)
     sys.exit(not good)
 

@@ -1,11 +1,11 @@
-"""Speed side by side with peers: the same work in turn, every run a fresh process, ratios pair by pair.
+"""Speed side by side with peers: both in turn, every run a fresh process, ratios pair by pair.
 
     pip install -r requirements.txt -r benchmarks/requirements-peers.txt
     python benchmarks/speed.py all
     python benchmarks/speed.py discrete
 
-Prints medians and ranges, and writes them with the machine's name to benchmarks/results/speed/<suite>.json, of which
-benchmarks/plot.py makes the README's table.
+Prints medians and ranges. Without further flags it also writes them, with the machine's name, to
+benchmarks/results/speed/<suite>.json, of which benchmarks/plot.py makes the README's table.
 """
 
 import json
@@ -383,7 +383,7 @@ def continuous(args: Args) -> dict:
     environments."""
     total_steps = args.steps or 20_480
     shapes = {1: 2048, 8: 256, 64: 32}  # environments: steps per rollout
-    modes = ["sync"] + (["envpool"] if find_spec("envpool") else [])
+    modes = ["sync", "envpool"]
     bar = tqdm(total=2 * args.pairs + 2 * len(modes) * len(shapes), unit="run", desc="continuous")
 
     def step(result: dict) -> float:
@@ -495,22 +495,23 @@ def main() -> None:
         print("error: --pairs must be at least 1 and --steps at least 2048", file=sys.stderr)
         sys.exit(2)
     suites = {
-        "discrete": (discrete, 5, "stable_baselines3"),
-        "continuous": (continuous, 5, "stable_baselines3"),
-        "llm": (llm, 3, None),
-        "rlhf": (rlhf, 3, "trl"),
-        "rlhf_memory": (partial(rlhf, memory=True), 1, "trl"),
+        "discrete": (discrete, 5, ["stable_baselines3"]),
+        "continuous": (continuous, 5, ["stable_baselines3", "envpool"]),
+        "llm": (llm, 3, []),
+        "rlhf": (rlhf, 3, ["trl"]),
+        "rlhf_memory": (partial(rlhf, memory=True), 1, ["trl"]),
     }
     chosen = list(suites) if args.suite == "all" else [args.suite]
     has_gpu = torch.cuda.is_available()
     if has_gpu:  # there, rlhf measures memory too, without a peer
-        suites["rlhf"] = (rlhf, 3, None)
+        suites["rlhf"] = (rlhf, 3, [])
         chosen = list(dict.fromkeys("rlhf" if name == "rlhf_memory" else name for name in chosen))
     for name in chosen:
-        if suites[name][2] and find_spec(suites[name][2]) is None:
-            mend = "pip install -r benchmarks/requirements-peers.txt"
-            print(f"error: {name} needs {suites[name][2]}: {mend}", file=sys.stderr)
-            sys.exit(2)
+        for package in suites[name][2]:
+            if find_spec(package) is None:
+                mend = "pip install -r benchmarks/requirements-peers.txt"
+                print(f"error: {name} needs {package}: {mend}", file=sys.stderr)
+                sys.exit(2)
     packages = ("torch", "transformers", "peft", "numpy", "gymnasium", "mujoco", "envpool", "stable_baselines3", "trl")
     versions = {name: version(name) for name in packages if find_spec(name)}
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -521,12 +522,13 @@ def main() -> None:
         figures = measure(replace(args, pairs=args.pairs or pairs))
         for comparison in figures["comparisons"]:
             show(comparison)
-        device = "_cuda" if has_gpu and name in ("llm", "rlhf") else ""
-        size = "_tiny" if name == "llm" and args.llm_id == "tiny-random" else ""
-        path = ROOT / "benchmarks/results/speed" / f"{name}{size}{device}.json"
-        seconds = {"seconds": round(time.perf_counter() - start)}
-        path.write_text(json.dumps(facts | seconds | figures, indent=1) + "\n")
-        print(f"on {machine()}; written to {path.relative_to(ROOT)}")
+        print(f"on {machine()}")
+        if args == Args(args.suite):  # other work would not be what the table says
+            device = "_cuda" if has_gpu and name in ("llm", "rlhf") else ""
+            path = ROOT / "benchmarks/results/speed" / f"{name}{device}.json"
+            seconds = {"seconds": round(time.perf_counter() - start)}
+            path.write_text(json.dumps(facts | seconds | figures, indent=1) + "\n")
+            print(f"written to {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -88,14 +88,19 @@ def load_suite(name: str) -> Suite:
 
 
 def code_hash(script: Path) -> str:
-    """Hash of a script without its comments, docstrings and empty lines, which change no figure."""
+    """Hash of a script without its comments, docstrings and empty lines, which change no figure. Raises BenchmarkError
+    for one that is not Python."""
     source = script.read_text()
+    try:
+        tree, tokens = ast.parse(source), list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except SyntaxError as error:
+        raise BenchmarkError(f"{script} is not Python: {error}") from error
     lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    for token in tokens:
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
     code = "\n".join(line.rstrip() for line in lines if line.strip())

@@ -50,13 +50,13 @@ if not (log / "mended").exists():
     if args.how == "die":
         os.kill(os.getpid(), signal.SIGKILL)
 args.run_dir.mkdir()
-luck = float(os.environ.get("LUCK", "0"))
+luck, late_luck = (float(os.environ.get(name, "0")) for name in ("LUCK", "LATE_LUCK"))
 rows = [(step, args.seed + step / 10 + luck) for step in (9, 19, 31)][: 2 if args.how == "short" else 3]
 (args.run_dir / "metrics.csv").write_text("global_step,return\\n" + "".join(f"{a},{b}\\n" for a, b in rows))
 versions = {"python": platform.python_version(), "numpy": importlib.metadata.version("numpy")}
 config = {"args": {"seed": args.seed}, "versions": versions, "machine": "a toy's"}
 (args.run_dir / "config.json").write_text(json.dumps(config))
-(args.run_dir / "summary.json").write_text(json.dumps({"final": args.seed + args.bonus + luck}))
+(args.run_dir / "summary.json").write_text(json.dumps({"final": args.seed + args.bonus + late_luck}))
 '''
 SUITE = """
 title = "Toys"
@@ -212,18 +212,19 @@ def stop_while_two_hang(folder, *argv):
 
 
 def test_a_script_that_changes_while_its_runs_are_under_way(project):
-    """What they then did cannot be told from their results, so there are none."""
+    """What they then did cannot be told from their results, so there are none, and no more are started."""
     folder = project("hang", flags=" --bonus 1")
     toy = folder / "toy.py"
     toy.write_text(toy.read_text().replace("time.sleep(1000)", "time.sleep(2)"))
-    process = start_runner(folder, "--seeds", "1")
+    process = start_runner(folder, "--workers", "1")
     while not (folder / "started").exists():
         time.sleep(0.02)
     toy.write_text(toy.read_text().replace("step / 10", "step / 11"))
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "FAILED hang__ours__1: toy.py was changed in the meantime" in err
+    assert process.returncode == 2
+    assert "error: toy.py was changed while its runs were under way" in err
     assert not (folder / "benchmarks/results").exists()
+    assert not any(alive(int(line)) for line in (folder / "processes").read_text().split())
 
 
 def test_a_stopped_runner_stops_its_runs_and_goes_on_later(project):
@@ -266,7 +267,7 @@ def test_a_stopped_runner_stops_what_runs_on_ray(project):
 def test_results_of_a_machine_with_other_versions_are_refused(tmp_path, monkeypatch, capsys):
     """As it may be one of a Ray cluster."""
     config = {"args": {}, "versions": {"python": platform.python_version(), "torch": "1.0"}, "machine": "far away"}
-    texts = {"metrics.csv": "global_step,return\n30,1\n", "summary.json": json.dumps({"final": 1.0})}
+    texts = {"metrics.csv": "global_step,return\n30,1\n", "summary.json": json.dumps({"final": 1.0, "share": 1.0})}
     outcome = texts | {"seconds": 1.0, "config.json": json.dumps(config)}
     monkeypatch.setattr(runner, "run_here", lambda runs, *_: ((run, outcome) for run in runs))
     assert not runner.run_suite(toy_suite(), runner.Args("toys"), tmp_path)
@@ -284,21 +285,39 @@ def test_check_compares_with_the_committed_result(project, monkeypatch):
     code, out, _ = run_toys(folder, "--check")
     assert code == 0
     assert "bit for bit" in out
-    monkeypatch.setenv("LUCK", "0.5")  # the same machine should give the same
-    code, out, _ = run_toys(folder, "--check")
-    assert code == 1
-    assert "NOT as in" in out
+    for name in ("LUCK", "LATE_LUCK"):  # on the same machine curve and final figure should be the same
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "0.5")
+            code, out, _ = run_toys(folder, "--check")
+        assert code == 1
+        assert "NOT as in" in out
     assert results(folder) == before
+    monkeypatch.setenv("LATE_LUCK", "0.5")
     for path in (folder / "benchmarks/results/toys").glob("*.json"):
         rewrite(path, machine="another")
     code, out, _ = run_toys(folder, "--check")
     assert code == 0
     assert "which has machine another (now a toy's)" in out
     assert "final 1.5 is within the seeds' 1 to 2" in out
-    monkeypatch.setenv("LUCK", "1.5")
+    monkeypatch.setenv("LATE_LUCK", "1.5")
     code, out, _ = run_toys(folder, "--check")
     assert code == 1
     assert "final 2.5 is OUTSIDE the seeds' 1 to 2" in out
+
+
+def test_a_stopped_check_stops_its_run(project):
+    folder = project("hang")
+    (folder / "mended").touch()
+    assert run_toys(folder)[0] == 0
+    (folder / "mended").unlink()
+    (folder / "processes").unlink()
+    process = start_runner(folder, "--check")
+    while not (folder / "processes").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "stopped\n")
+    assert not any(alive(int(line)) for line in (folder / "processes").read_text().split())
 
 
 @pytest.mark.parametrize("flags", ["--workers 0", "--seeds 0", "--seeds 3"])
@@ -343,7 +362,11 @@ def test_a_real_run(tmp_path):
 
 
 def toy_suite(**changes):
-    groups = [{"task": task, "setting": "ours", "flags": f"--env-id {task}"} for task in ("A", "B")]
+    groups = [
+        {"task": task, "setting": setting, "flags": f"--env-id {task} --setting {setting}"}
+        for task in ("A", "B")
+        for setting in ("ours", "other")
+    ]
     published = {"source": "Them", "url": "https://them", "seeds": 3, "metric": "a mean", "version": "v4"}
     settings = {
         "name": "toys",
@@ -355,9 +378,12 @@ def toy_suite(**changes):
         "until": 30,
         "metrics": ["return"],
         "xlabel": "steps",
-        "figures": [{"name": "final", "label": "final figure", "digits": 2}],
+        "figures": [
+            {"name": "final", "label": "final figure", "digits": 2},
+            {"name": "share", "label": "share, %", "scale": 100},
+        ],
         "panels": [{"metric": "return", "label": "return"}],
-        "settings": {"ours": "as it is"},
+        "settings": {"ours": "as it is", "other": "as others do it"},
         "groups": groups,
         "normalise": {"A": (0, 10), "B": (-10, 0)},
         "published": [published | {"values": {"A": [7.25, 1]}}],
@@ -367,12 +393,14 @@ def toy_suite(**changes):
 
 @pytest.fixture
 def toys(tmp_path):
-    """A suite and a folder with its results: returns of seed s are s², 2 s², 3 s², final figures 2 s and -s."""
+    """A suite and a folder with its results: returns of seed s are s², 2 s², 3 s², final figures 2 s and -s; with the
+    other setting they are 5 more and 5."""
     suite = toy_suite()
     for run in suite.runs(suite.seeds):
-        metrics = "global_step,return\n" + "".join(f"{10 * i},{i * run.seed**2}\n" for i in (1, 2, 3))
+        more = 5 * (run.setting == "other")
+        metrics = "global_step,return\n" + "".join(f"{10 * i},{i * run.seed**2 + more}\n" for i in (1, 2, 3))
         config = {"args": {}, "versions": {"torch": "2"}, "machine": "a toy's"}
-        summary = {"final": 2 * run.seed if run.task == "A" else -run.seed}
+        summary = {"final": more or (2 * run.seed if run.task == "A" else -run.seed), "share": 0.25}
         texts = {"metrics.csv": metrics, "config.json": json.dumps(config), "summary.json": json.dumps(summary)}
         runner.save(tmp_path, run.name, *runner.result_of(suite, run, texts | {"seconds": 60.0 + run.seed}, "commit"))
     return suite, tmp_path
@@ -431,15 +459,17 @@ def test_table_by_hand(toys):
     suite, folder = toys
     groups = plot.load_results(suite, folder)
     text = plot.results_table(suite, groups)
-    assert "| task | setting | seeds | final figure | Them | seconds |" in text
+    assert "| task | setting | seeds | final figure | share, % | Them | seconds |" in text
     low, high = plot.bootstrap_interval(np.array([2.0, 4, 6, 8]))
-    assert f"| A | as it is | 4 | 5.00 ({low:.2f} to {high:.2f}) | 7.2 ± 1.0 | 62 |" in text
-    assert re.search(r"\| B \| as it is \| 4 \| −2\.50 \(−3\.\d\d to −1\.\d\d\) \|  \| 62 \|", text)
+    assert f"| A | as it is | 4 | 5.00 ({low:.2f} to {high:.2f}) | 25.0 | 7.2 ± 1.0 | 62 |" in text
+    assert re.search(r"\| B \| as it is \| 4 \| −2\.50 \(−3\.\d\d to −1\.\d\d\) \| 25\.0 \|  \| 62 \|", text)
+    assert "| A | as others do it | 4 | 5.00 | 25.0 | 7.2 ± 1.0 | 62 |" in text
     assert "- A, as it is: 2.00, 4.00, 6.00, 8.00" in text
     assert "[Them](https://them): a mean; 3 seeds; v4." in text
     assert "torch 2; a toy's" in text
     # scores .2 .4 .6 .8 and .9 .8 .7 .6: without two at each end .6 .6 .7 .8
     assert "| as it is | 0.68 (" in text
+    assert "| as others do it | 1.00 |" in text  # .5 four times and 1.5 four times, without two at each end
 
 
 def test_figure_shows_each_seed_the_mean_and_its_interval(toys):
@@ -448,13 +478,16 @@ def test_figure_shows_each_seed_the_mean_and_its_interval(toys):
     figure = plot.draw(suite, groups)
     assert [axes.get_title() for axes in figure.axes] == ["A", "B"]
     for axes in figure.axes:
-        *thin, mean = axes.lines
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["as it is", "as others do it"]
+        assert [line.get_ydata()[0] for line in axes.lines[5:]] == [6, 9, 14, 21, 12.5]
+        *thin, mean = axes.lines[:5]
+        assert mean.get_label() == "as it is"
         assert [line.get_ydata().tolist() for line in thin] == [[s, 2 * s, 3 * s] for s in (1, 4, 9, 16)]
         assert mean.get_xdata().tolist() == [10, 20, 30]
         assert mean.get_ydata().tolist() == [7.5, 15, 22.5]
         assert mean.get_linewidth() > 2 * thin[0].get_linewidth()
         low, high = plot.bootstrap_interval(np.array([1.0, 4, 9, 16]))
-        (band,) = axes.collections
+        band, _ = axes.collections
         edge = band.get_paths()[0].vertices
         assert edge[edge[:, 0] == 30, 1].min() == pytest.approx(3 * low)
         assert edge[edge[:, 0] == 30, 1].max() == pytest.approx(3 * high)
@@ -537,11 +570,12 @@ def test_overview_and_times_by_hand(toys):
     suite, folder = toys
     loaded = {"toys": (suite, plot.load_results(suite, folder))}
     overview = plot.overview_table(loaded)
+    assert len(overview.splitlines()) == 2 + 2  # our own setting alone
     assert re.search(
         r"\| `ppo_mlp_discrete.py` \| A \| final figure \| 4 \| 5.00 \(.*\) \| 7.2 ± 1.0 \(Them\) \| 1.0 \|", overview
     )
-    # eight runs of 62.5 s on the average, two at a time
-    assert "| `python benchmarks/run.py toys --results mine` | ppo_mlp_discrete.py | 8 | 4 minutes | a toy's |" in (
+    # sixteen runs of 62.5 s on the average, two at a time
+    assert "| `python benchmarks/run.py toys --results mine` | ppo_mlp_discrete.py | 16 | 8 minutes | a toy's |" in (
         plot.times_table(loaded)
     )
 
@@ -602,7 +636,10 @@ def test_what_does_not_show_the_results_is_noticed(tmp_path, monkeypatch):
     assert plot.stale() == []
     readme = documents[0].read_text()
     documents[0].write_text(re.sub(r"(\| CartPole-v1 \| training return \| \d+ \| )", r"\g<1>1", readme, count=1))
+    assert plot.stale() == [documents[0]]
+    documents[0].write_text(readme)
     (tmp_path / "figures/llm.svg").unlink()
+    assert plot.stale() == [tmp_path / "figures/llm.svg"]
     rewrite(tmp_path / "results/pizza/pizza__ours__1.json", seconds=1.5)
     labels = tmp_path / "suites/rlhf.toml"
     labels.write_text(labels.read_text().replace("gold score", "golden score"))
