@@ -256,6 +256,7 @@ def iqm_table(suite: Suite, groups: list[Group]) -> list[str]:
 
 def overview_table(loaded: dict[str, tuple[Suite, list[Group]]]) -> str:
     """One line for each task with our own setting: what it reaches, beside the most comparable published figure."""
+    head = ["script", "task", "figure", "seeds", "our settings' mean (95 % interval)", "published", "minutes"]
     rows = []
     for suite, groups in loaded.values():
         main = suite.figures[0]
@@ -266,7 +267,6 @@ def overview_table(loaded: dict[str, tuple[Suite, list[Group]]]) -> str:
                 minutes = statistics.median(record["seconds"] for record in group.records) / 60
                 cells = [f"`{suite.script}`", group.task, main["label"], str(len(group.records))]
                 rows.append([*cells, figure_cell(group, main), published + source, number(minutes)])
-        head = ["script", "task", "figure", "seeds", "our settings' mean (95 % interval)", "published", "minutes"]
     return table(head, rows)
 
 

@@ -218,6 +218,7 @@ def test_a_script_that_changes_while_its_runs_are_under_way(project):
     toy.write_text(toy.read_text().replace("time.sleep(1000)", "time.sleep(2)"))
     process = start_runner(folder, "--workers", "1")
     while not (folder / "started").exists():
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     toy.write_text(toy.read_text().replace("step / 10", "step / 11"))
     _, err = process.communicate(timeout=60)
@@ -313,6 +314,7 @@ def test_a_stopped_check_stops_its_run(project):
     (folder / "processes").unlink()
     process = start_runner(folder, "--check")
     while not (folder / "processes").exists():
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
