@@ -653,10 +653,7 @@ def test_what_does_not_show_the_results_is_noticed(tmp_path, monkeypatch):
         plot.stale()
 
 
-UNDER_WAY = pytest.mark.xfail(strict=True, reason="its last seeds are still to be run")
-
-
-@pytest.mark.parametrize("name", ["classic", "llm", "pizza", "rlhf", pytest.param("mujoco", marks=UNDER_WAY)])
+@pytest.mark.parametrize("name", ["classic", "mujoco", "llm", "pizza", "rlhf"])
 def test_committed_results_are_complete(name):
     """Every seed of every group, made by the suite's command, with one version of the code."""
     suite = load_suite(name)
