@@ -314,15 +314,24 @@ def environments_table(measured: dict[str, dict]) -> str:
     return table(["environments", "number × steps", "training, steps/s", "simulator alone, steps/s"], rows)
 
 
-def times_table(loaded: dict[str, tuple[Suite, list[Group]]]) -> str:
-    """How long each suite takes on two cores: half the time that its runs took, two side by side."""
+def duration(seconds: float) -> str:
+    """In minutes, or in hours."""
+    return f"{number(seconds / 3600)} hours" if seconds >= 3600 else f"{number(seconds / 60, 0)} minutes"
+
+
+def times_table(loaded: dict[str, tuple[Suite, list[Group]]], measured: dict[str, dict]) -> str:
+    """How long each suite takes on two cores, half the time that its runs took, two side by side; and the comparisons,
+    one run after the other."""
     rows = []
     for name, (suite, groups) in loaded.items():
         seconds = [record["seconds"] for group in groups for record in group.records]
-        hours = statistics.mean(seconds) * len(suite.runs(suite.seeds)) / 2 / 3600
-        time = f"{number(hours)} hours" if hours >= 1 else f"{number(60 * hours, 0)} minutes"
+        runs = len(suite.runs(suite.seeds))
         command = f"`python benchmarks/run.py {name} --results mine`"
-        rows.append([command, suite.script, str(len(suite.runs(suite.seeds))), time, machines(groups)])
+        rows.append([command, suite.script, str(runs), duration(statistics.mean(seconds) * runs / 2), machines(groups)])
+    on_cpu = [measured[name] for name in SPEED]
+    time = duration(sum(result["seconds"] for result in on_cpu))
+    machine = " and ".join(sorted({result["machine"] for result in on_cpu}))
+    rows.append(["`python benchmarks/speed.py all`", "all but ppo_char_lm_pizza.py", "", time, machine])
     return table(["command", "script", "runs", "on 2 cores", "measured on"], rows)
 
 
@@ -379,7 +388,7 @@ def documents_now(loaded: dict[str, tuple[Suite, list[Group]]]) -> dict[Path, st
     measured = load_speed(RESULTS / "speed")
     tables = {name: results_table(suite, groups) for name, (suite, groups) in loaded.items()} | {
         "overview": overview_table(loaded),
-        "times": times_table(loaded),
+        "times": times_table(loaded, measured),
         "speed": speed_table(measured),
         "environments": environments_table(measured),
     }
