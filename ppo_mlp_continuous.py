@@ -1,1086 +1,539 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "gymnasium[mujoco]==1.4.0",
-#     "matplotlib==3.11.2",
-#     "mujoco==3.15.0",
-#     "numpy==2.4.6",
-#     "tensorboard==2.21.0",
-#     "threadpoolctl==3.8.0",
-#     "torch==2.13.0",
-#     "tqdm==4.70.1",
-#     "tyro==1.0.16",
-# ]
+# dependencies = ["gymnasium[mujoco]==1.4.0", "mujoco==3.15.0", "numpy==2.4.6", "tensorboard==2.21.0", "torch==2.13.0",
+#                 "tqdm==4.70.1", "tyro==1.0.16"]
 # ///
-"""PPO with an MLP policy for continuous actions: any gymnasium environment with Box actions.
+"""PPO for continuous actions: an MLP policy, in any gymnasium environment whose action space is a Box.
 
-    python ppo_mlp_continuous.py                                        # HalfCheetah-v5, 1M steps
-    python ppo_mlp_continuous.py --env-id Hopper-v5 --seed 2
-    python ppo_mlp_continuous.py --play runs/RUN/policy.pt              # the saved policy, without training code
+    python ppo_mlp_continuous.py                        # HalfCheetah-v5: return about 4500 after 1M steps, in 5 minutes
+    python ppo_mlp_continuous.py --env-id Hopper-v5 --run-dir runs/hopper
+    python ppo_mlp_continuous.py --play runs/hopper     # returns of the policy that this run saved
+    python ppo_mlp_continuous.py --resume runs/hopper   # goes on from the last checkpoint of a run that was stopped
+    tensorboard --logdir runs
 
-References: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438, "The 37 Implementation Details
-of PPO" https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/, CleanRL's ppo_continuous_action.py.
+PPO repeats these four steps, numbered likewise in `train`:
+1. Rollout: the policy takes T steps in each of N environments.
+2. Advantages: how much better than the critic expected did each action turn out? (`compute_gae`)
+3. Update: in several passes over these steps, good actions become likelier and bad ones less likely; beyond a factor of
+   1 ± epsilon there is nothing to gain (`ppo_loss`). The critic learns what to expect. Then the data is thrown away.
+4. Metrics, and now and then a checkpoint.
+In between, observations and rewards are scaled by running statistics (`RunningMoments`).
+To change the networks edit `mlp`, the loss `ppo_loss`, the environments `make_envs`. The rest is flags and files.
 
-Where this differs from the paper or from CleanRL, and why:
-- Truncated episodes bootstrap from the value of their true last observation; CleanRL treats them as terminated.
-- Observations and rewards are scaled by running statistics that change once per rollout, not with every step: ratio = 1
-  exactly where the update starts. They are one statistic over all environments; the observations' is part of the saved
-  policy and frozen when it is evaluated (it needs no rewards); CleanRL's live in the environments and are lost.
-- An action of the policy is in units of the bounds: -1 and 1 are the lowest and the highest action, where both lie
-  within 1e6. So the first policy explores the whole range wherever it is. Without bounds it is the action itself.
-- By default advantages are recomputed before each epoch and not normalised, and the first standard deviation is
-  e^-0.5: Tianshou's recipe, which learns more than CleanRL's (README).
-- Old log-probs and values come from one batched pass over the rollout: no critic call per step.
-- The row in which an environment resets (its action is ignored) is no experience: it is left out of the loss, the
-  statistics and the step count.
-- The KL stop looks at each minibatch before its step; CleanRL looks once per epoch, after the steps.
-- Losses and KL are logged as means over all minibatches; CleanRL logs the last one.
-- Actions are chosen in NumPy, and all parameters are views of one vector: both only for speed.
-- The learning rate falls with the steps taken, not with the iterations, because reset rows make those differ.
-- Value clipping is off by default: Andrychowicz et al. 2021 (https://arxiv.org/abs/2006.05990) found that it hurts.
+Shapes: T steps, N environments, B rows of a batch or minibatch, D numbers in an observation, C in an action.
+Sources: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438, "The 37 Implementation Details of
+PPO" https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/.
+
+Where this differs from CleanRL's ppo_continuous_action.py, apart from its defaults, which are for MuJoCo:
+- An episode that a time limit cuts off (truncated) counts with the value of its last observation, not with 0.
+- gymnasium 1.x spends the step after an episode on the reset, whatever the action: no experience, so it is left out.
+- Values and log-probs before the update come from one pass over the whole rollout, not from a pass per step.
+- The KL stop ends an update before the minibatch that is too far off, not after the epoch.
+- Statistics are over all environments, change once per rollout, not in each step, and are part of the saved policy.
+- The policy's unit of action is half the range between the bounds: at first it explores all of it, wherever it is.
+- Advantages are estimated anew before each pass and not normalised, and the first std is e^-0.5: Tianshou's recipe.
 """
 
-import contextlib
-import csv
-import io
-import itertools
 import json
 import math
 import os
-import platform
-import re
-import shlex
-import signal
-import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime
-from functools import partial
-from importlib import import_module
-from importlib.metadata import version
-from importlib.util import find_spec
-from multiprocessing import parent_process
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from shutil import which
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
-from gymnasium.spaces import Box, Discrete, MultiDiscrete, flatten_space
-from matplotlib.figure import Figure
-from tensorboard.compat.proto.summary_pb2 import Summary
-from threadpoolctl import threadpool_limits
+from gymnasium.wrappers.vector import FlattenObservation, RecordEpisodeStatistics, RecordVideo
+from numpy import ndarray
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
-    """PPO with an MLP policy for continuous actions."""
+    """PPO with an MLP policy for continuous actions. The defaults are for MuJoCo."""
 
-    env_id: str = "HalfCheetah-v5"
-    """gymnasium id of the task; "module:Name-v0" imports the module first"""
-    seed: int = 1
-    """seed of weights, environments, sampling and shuffling"""
-    total_timesteps: int = 1_000_000
-    """environment steps to train for, over all environments"""
-    target_return: float | None = None
-    """stop as soon as the mean return of the last 100 training episodes reaches this"""
-
-    num_envs: int = 8
-    """parallel environments"""
-    num_steps: int = 256
-    """steps per environment and iteration: an iteration collects num_envs x num_steps"""
-    vectorization_mode: Literal["auto", "sync", "async", "vector_entry_point", "envpool"] = "auto"
-    """gymnasium.make_vec's, or envpool; auto: the environment's own vectorised form where it has one, else sync"""
-
-    objective: Literal["clip", "kl-penalty"] = "clip"
-    """policy objective: clipped surrogate (PPO paper eq. 7) or surrogate with adaptive KL penalty (eq. 8)"""
-    learning_rate: float = 3e-4
-    """Adam step size at the start"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to 0 over total_timesteps"""
-    gamma: float = 0.99
-    """discount factor per step"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation (GAE paper eq. 16)"""
-    num_minibatches: int = 32
-    """minibatches per epoch, of nearly equal size"""
-    update_epochs: int = 10
-    """passes over each rollout"""
-    norm_obs: bool = True
-    """normalise observations by their running mean and std, clipped to +-10"""
-    norm_reward: bool = True
-    """divide rewards by the running std of the discounted return, clipped to +-10"""
-    log_std_init: float = -0.5
-    """log of the policy's first std; its unit is half the range between the action bounds, or 1 where there are none"""
-    recompute_advantages: bool = True
-    """recompute advantages and returns before each epoch, with the values of then (Andrychowicz et al. 2021, §3.5)"""
-    norm_adv: bool = False
-    """normalise advantages to mean 0, std 1 within each minibatch"""
-    clip_coef: float = 0.2
-    """epsilon of the clipped surrogate, and of the value clip"""
-    clip_vloss: bool = False
-    """clip the value loss around the old values (on in CleanRL)"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.25
-    """weight of the value loss (half the mean squared error)"""
-    max_grad_norm: float = 0.5
-    """joint gradient norm of actor and critic is clipped to this"""
-    target_kl: float | None = None
-    """end the iteration's update before a step whose minibatch has a k3 KL above this [nats]"""
-    kl_penalty: float = 1.0
-    """kl-penalty: beta in the first iteration"""
-    kl_penalty_target: float = 0.01
-    """kl-penalty: KL per iteration that beta is adapted to [nats]"""
-
-    eval_episodes: int = 20
-    """evaluation episodes after training, with greedy and again with sampled actions; 0 skips them"""
-    capture_video: bool = False
-    """record the evaluation episodes as run-dir/videos/*.mp4 (needs moviepy)"""
-    play: str | None = None
-    """run this saved policy (policy.pt or its run directory) for eval_episodes and exit"""
-
-    run_dir: str | None = None
-    """where the run is written; default runs/<task>__<script>__<seed>__<time>"""
-    resume: str | None = None
-    """run directory to continue from its last checkpoint; flags come from its config.json"""
-    checkpoint_interval: int = 100
-    """iterations between checkpoints; each resets all environments and drops the episodes under way: keep it long"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the networks are; auto is cpu: for small MLPs it is the fastest"""
-    torch_threads: int = 1
-    """CPU threads per process; more help only with thousands of rows per minibatch"""
-    compile: bool = False
-    """torch.compile the loss: a minute or two of compiling, then its forward and backward passes take half the time"""
-
-    @property
-    def task(self) -> str:
-        """What the run directory and the summary call the task."""
-        return self.env_id
+    env_id: str = "HalfCheetah-v5"  # id of a gymnasium environment; "module:Name-v0" imports the module first
+    seed: int = 1  # of weights, environments, actions and shuffling
+    total_timesteps: int = 1_000_000  # length of the training in steps, over all environments
+    num_envs: int = 8  # parallel environments, N
+    num_steps: int = 256  # steps of each environment in a rollout, T
+    vectorization_mode: Literal["sync", "async", "vector_entry_point"] | None = None  # None leaves it to gymnasium
+    learning_rate: float = 3e-4  # Adam's step size at the start
+    anneal_lr: bool = True  # lower the learning rate linearly to 0
+    gamma: float = 0.99  # discount factor per step
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    update_epochs: int = 10  # passes over each rollout
+    num_minibatches: int = 32  # per pass, at most
+    norm_obs: bool = True  # normalise observations by their running mean and std, and clip them to ±10
+    norm_reward: bool = True  # divide rewards by the running std of the discounted return, and clip them to ±10
+    log_std_init: float = -0.5  # log of the first std; a std of 1 is half the range between an action's bounds
+    recompute_advantages: bool = True  # before each pass, with the critic of then; Andrychowicz et al. (2021), 3.5
+    norm_adv: bool = False  # normalise advantages within each minibatch
+    objective: Literal["clip", "kl-penalty"] = "clip"  # the PPO paper's eq. 7, or its alternative, eq. 8
+    clip_coef: float = 0.2  # epsilon of the clipped objective, and of the clipped value loss
+    clip_vloss: bool = False  # clip the value loss; Andrychowicz et al. (2021) found that it hurts
+    kl_penalty_target: float = 0.01  # KL(old || new) after an update, in nats, that kl-penalty aims at
+    ent_coef: float = 0.0  # coefficient of the entropy bonus
+    vf_coef: float = 0.25  # coefficient of the value loss
+    max_grad_norm: float = 0.5  # the gradient of policy and critic together is clipped to this norm
+    target_kl: float | None = None  # end an update before a minibatch with a larger KL(old || new), in nats
+    run_dir: str | None = None  # folder for all that the run leaves; default: runs/<env>__<script>__<seed>__<time>
+    resume: str | None = None  # run folder to go on from, with its flags unless given anew; episodes start afresh
+    checkpoint_interval: int = 100  # iterations between checkpoints
+    eval_episodes: int = 20  # episodes of the evaluation, with greedy and again with sampled actions
+    capture_video: bool = False  # and record an episode of each; needs pip install moviepy; MUJOCO_GL=egl: no screen
+    play: str | None = None  # evaluate the policy of this run folder, with its flags unless given anew; train nothing
+    device: str = "cpu"  # for networks this small a CPU is faster than a GPU
 
 
-# ------------------------------------------------------------------------------------------------------------- networks
-
-
-def layer_init(layer: nn.Linear, gain: float) -> nn.Linear:
-    """Orthogonal weights with the given gain, zero bias (37 details, no. 2). Returns the layer."""
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class Tanh(nn.Module):
-    """tanh(x) = 2 sigmoid(2x) - 1. On a CPU PyTorch's sigmoid takes a fifth of the time of its tanh."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Elementwise tanh of x, any shape."""
-        return 2 * torch.sigmoid(2 * x) - 1
+# ---------------------------------------------------------------------------------------------------------- networks
 
 
 def mlp(inputs: int, outputs: int, output_gain: float) -> nn.Sequential:
-    """inputs-64-64-outputs network with tanh between the layers."""
-    return nn.Sequential(
-        layer_init(nn.Linear(inputs, 64), math.sqrt(2)),
-        Tanh(),
-        layer_init(nn.Linear(64, 64), math.sqrt(2)),
-        Tanh(),
-        layer_init(nn.Linear(64, outputs), output_gain),
-    )
+    """Two tanh layers of 64 units and a linear one, with orthogonal weights and zero biases (37 details, no. 2)."""
+    network = nn.Sequential(nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs))
+    for layer in network[::2]:
+        nn.init.orthogonal_(layer.weight, output_gain if layer is network[-1] else math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+    return network
 
 
-class GaussianActor(nn.Module):
-    """Gaussian policy: means from an MLP, and a log-std per action component that does not depend on the observation
-    (37 details, continuous no. 2)."""
+class Policy(nn.Module):
+    """A Gaussian over actions of C numbers. Its means depend on the observation, its standard deviations do not.
 
-    def __init__(self, obs_dim: int, action_dim: int, log_std_init: float):
+    The policy's unit of action is half the range between the bounds, around their centre, if both are within 1e6; else
+    it is the environment's. Actions are stored and scored in this unit and unclipped; `to_env` converts and clips them.
+    """
+
+    def __init__(self, obs_dim: int, low: list, high: list, dtype: str, norm_obs: bool, log_std_init: float):
         super().__init__()
-        self.means = mlp(obs_dim, action_dim, output_gain=0.01)
-        self.log_std = nn.Parameter(torch.full((action_dim,), log_std_init))
+        self.low, self.high, self.dtype, self.norm_obs = np.array(low), np.array(high), dtype, norm_obs
+        bounded = (abs(self.low) < 1e6) & (abs(self.high) < 1e6)
+        self.scale = np.where(bounded, (self.high - self.low) / 2, 1)
+        self.centre = np.where(bounded, self.low + self.scale, np.clip(0, self.low, self.high))
+        self.actor = mlp(obs_dim, self.low.size, output_gain=0.01)
+        self.log_std = nn.Parameter(torch.full((self.low.size,), log_std_init))
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))  # `train` sets these two before each rollout
+        self.register_buffer("obs_std", torch.ones(obs_dim))
 
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Means (..., C) and log-std (C,) for normalised observations (..., obs_dim)."""
-        return self.means(obs), self.log_std
+    def normalize(self, obs: ndarray) -> Tensor:
+        """Observations (..., D) as the networks take them, those of policy and critic."""
+        obs = torch.from_numpy(obs).to(self.log_std)  # its dtype, on its device
+        return ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10) if self.norm_obs else obs
+
+    def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-densities (...) of actions (..., C) for normalised observations (..., D), and entropies (...)."""
+        distribution = Normal(self.actor(obs), self.log_std.exp(), validate_args=False)
+        return distribution.log_prob(actions).sum(-1), distribution.entropy().sum(-1)
+
+    @torch.no_grad()
+    def choose(self, obs: ndarray, greedy: bool = False) -> ndarray:
+        """Actions (..., C) in the policy's unit, for observations (..., D): the means, or samples."""
+        actions = self.actor(self.normalize(obs))
+        if not greedy:
+            actions = actions + self.log_std.exp() * torch.randn_like(actions)
+        return actions.numpy(force=True)
+
+    def to_env(self, actions: ndarray) -> ndarray:
+        """What the environment takes for actions (N, C) in the policy's unit: in its unit, shape and dtype, clipped."""
+        actions = actions.reshape(len(actions), *self.low.shape)
+        actions = (self.centre + self.scale * actions).clip(self.low, self.high)
+        if "int" in self.dtype:  # such as int64, uint8
+            actions = actions.round()
+        return actions.astype(self.dtype)
+
+    def act(self, obs: ndarray, greedy: bool = False) -> ndarray:
+        """Actions (N, ...) as the environment takes them, for observations (N, D): the means, or samples."""
+        return self.to_env(self.choose(obs, greedy))
+
+
+# --------------------------------------------------------------------------------------------------------- algorithm
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance (divisor n) of all rows seen so far, over all environments and ranks: float64 buffers, so that
-    a state_dict carries them. They stay on the CPU, where rollouts are."""
+    """Mean and variance of all rows seen so far. They are buffers, so that they are saved along with weights."""
 
-    def __init__(self, size: int):
+    def __init__(self, *shape: int):
         super().__init__()
-        self.register_buffer("count", torch.zeros(1, dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(size, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(()).double())
+        self.register_buffer("mean", torch.zeros(shape).double())
+        self.register_buffer("var", torch.ones(shape).double())
 
-    def update(self, rows: np.ndarray) -> None:
-        """Takes in new rows (B, size), each rank its own (Chan et al. 1979, eq. 2.1)."""
-        rows = torch.from_numpy(rows).double()
-        count, mean = torch.tensor([len(rows)], dtype=torch.float64), rows.sum(0)
-        sum_over_ranks(count, mean)
-        mean /= count
-        squares = (rows - mean).square().sum(0)
-        sum_over_ranks(squares)
-        total, delta = self.count + count, mean - self.mean
-        self.var = (self.count * self.var + squares + delta.square() * self.count * count / total) / total
-        self.mean, self.count = self.mean + delta * count / total, total
-
-    def std(self) -> Tensor:
-        """Standard deviation (size,) in float32, never 0."""
-        return (self.var + 1e-8).sqrt().float()
-
-
-class Policy:
-    """The actor at work, in rollouts, evaluation and applications, with the observation statistics that it needs. It is
-    plain NumPy, because for a handful of observations that takes a fifth of PyTorch's time.
-
-    An action has C components, the flattened Box. The policy's own unit is half the range between the bounds around
-    their centre; a component without both bounds (or with bounds beyond 1e6) is in the environment's unit."""
-
-    def __init__(self, spec: dict, weights: dict[str, Tensor]):
-        """spec: what `box_spec` returns, and obs_limit, beyond which normalised observations are clipped. weights:
-        state_dict of the GaussianActor, and obs_mean, obs_std (obs_dim,)."""
-        arrays = {name: weight.numpy(force=True) for name, weight in weights.items()}
-        self.spec = spec
-        self.obs_mean, self.obs_std = arrays.pop("obs_mean"), arrays.pop("obs_std")
-        self.std = np.exp(arrays.pop("log_std"))
-        layers = list(arrays.values())
-        self.layers = [(weight.T, bias) for weight, bias in zip(layers[::2], layers[1::2])]
-        self.low, self.high = np.array(spec["low"]), np.array(spec["high"])
-        bounded = np.maximum(-self.low, self.high) < 1e6
-        low, high = np.where(bounded, self.low, -1), np.where(bounded, self.high, 1)
-        self.centre = np.where(bounded, (low + high) / 2, np.clip(0, self.low, self.high))
-        self.scale = (high - low) / 2
-
-    def normalize(self, obs: np.ndarray) -> np.ndarray:
-        """Observations (..., obs_dim) as the networks take them."""
-        limit = self.spec["obs_limit"]
-        return np.minimum(np.maximum((obs - self.obs_mean) / self.obs_std, -limit), limit)
-
-    def means(self, obs: np.ndarray) -> np.ndarray:
-        """Means (..., C) of the actions for flat observations (..., obs_dim), in the policy's unit."""
-        obs = self.normalize(obs)
-        for weight, bias in self.layers[:-1]:
-            obs = np.tanh(obs @ weight + bias)
-        weight, bias = self.layers[-1]
-        return obs @ weight + bias
-
-    def to_env(self, actions: np.ndarray) -> np.ndarray:
-        """Actions as `env.step` takes them, within the bounds, from actions (..., C) in the policy's unit."""
-        actions = np.minimum(np.maximum(self.centre + self.scale * actions, self.low), self.high)
-        if self.spec["dtype"].startswith(("int", "uint")):
-            actions = np.rint(actions)
-        return actions.astype(self.spec["dtype"]).reshape((*actions.shape[:-1], *self.spec["action_shape"]))
-
-    def act(self, obs: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Actions for flat observations (..., obs_dim), one or a batch: sampled with rng, else the means."""
-        means = self.means(np.asarray(obs, np.float32))
-        return self.to_env(means + (self.std * rng.standard_normal(means.shape) if rng else 0))
-
-
-# ------------------------------------------------------------------------------------------------------------ algorithm
-
-
-def gaussian_log_prob(actions: Tensor, means: Tensor, log_std: Tensor) -> Tensor:
-    """Log-density (B,) of actions (B, C) under N(means, exp(log_std)^2), summed over components. means: (B, C),
-    log_std: (C,)."""
-    z = (actions - means) * (-log_std).exp()
-    return -0.5 * z.square().sum(-1) - (log_std + 0.5 * math.log(2 * math.pi)).sum()
-
-
-def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """Entropy () of a Gaussian with log_std (C,), summed over components."""
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-
-
-def gaussian_kl(old_means: Tensor, old_log_std: Tensor, means: Tensor, log_std: Tensor) -> Tensor:
-    """Exact KL(pi_old || pi) (B,), summed over components. Means: (B, C), log_stds: (C,) or (B, C)."""
-    squared = (2 * old_log_std).exp() + (old_means - means).square()
-    return (log_std - old_log_std + 0.5 * squared * (-2 * log_std).exp() - 0.5).sum(-1)
+    def update(self, rows: ndarray) -> None:
+        """Takes in rows (B, *shape) (Chan et al. 1979, eq. 2.1)."""
+        rows = torch.from_numpy(rows).to(self.mean)  # its dtype, on its device
+        self.count += len(rows)
+        weight = len(rows) / self.count  # of the new rows among all
+        delta = rows.mean(0) - self.mean
+        self.mean += weight * delta
+        self.var = (1 - weight) * self.var + weight * rows.var(0, correction=0) + weight * (1 - weight) * delta.square()
 
 
 def compute_gae(
-    rewards: Tensor, values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float, gae_lambda: float
-) -> Tensor:
-    """Generalised advantage estimates (GAE paper eq. 16) of T steps in N environments with NEXT_STEP autoreset.
+    rewards: ndarray, values: ndarray, terminated: ndarray, truncated: ndarray, gamma: float, gae_lambda: float
+) -> ndarray:
+    """Generalised advantage estimates (T, N) (GAE paper, eq. 16).
 
-    rewards, terminated, truncated: (T, N). values: (T + 1, N), the last row for the observation after the segment.
-    After a finished step t, obs[t + 1] is the true last observation of its episode, so values[t + 1] is what a
-    truncated episode bootstraps from; a terminated one bootstraps from 0. The recursion is cut at both. Row t + 1 then
-    is the reset: its advantage means nothing, and nothing before it depends on it. Returns (T, N).
+    rewards, terminated, truncated: (T, N), what came of each step. values: (T + 1, N), of the observations before each
+    step and after the last. An episode's last observation counts with its value if truncated, and with 0 if terminated.
     """
-    deltas = (rewards + gamma * values[1:] * ~terminated - values[:-1]).numpy(force=True)
-    decays = gamma * gae_lambda * (~(terminated | truncated)).numpy(force=True).astype(deltas.dtype)
-    advantages, following = np.zeros_like(deltas), np.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):  # in NumPy: small operations cost a fraction of PyTorch's
-        advantages[t] = following = deltas[t] + decays[t] * following
-    return torch.from_numpy(advantages).to(values.device)
+    # TD errors. values[t + 1] is of where step t led, at an episode's end too: the reset comes a step later.
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
+    continues = ~(terminated | truncated)  # if not, nothing flows back from the next step, which only resets
+    advantages, advantage = np.zeros_like(rewards), 0.0
+    for t in reversed(range(len(rewards))):
+        advantage = deltas[t] + gamma * gae_lambda * continues[t] * advantage
+        advantages[t] = advantage
+    return advantages
 
 
-def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) per row (B,), PPO paper eq. 7. log_ratio: log pi - log pi_old."""
-    ratio = log_ratio.exp()
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
+@torch.no_grad()
+def estimate(
+    critic: nn.Module, obs: Tensor, rewards: ndarray, terminated: ndarray, truncated: ndarray, args: Args
+) -> tuple[Tensor, Tensor]:
+    """Values and advantages (T, N) of a rollout by the critic as it is now. obs: (T + 1, N, D), normalised."""
+    values = critic(obs).squeeze(-1)  # (T + 1, N)
+    advantages = compute_gae(rewards, values.numpy(force=True), terminated, truncated, args.gamma, args.gae_lambda)
+    return values[:-1], torch.from_numpy(advantages).to(obs.device)
 
 
-def kl_penalty_policy_loss(log_ratio: Tensor, advantages: Tensor, kl: Tensor, beta: float) -> Tensor:
-    """-(ratio A - beta KL(pi_old || pi)) per row (B,), PPO paper eq. 8. This KL is between the policies before and
-    during the update; it has nothing to do with the reference model of RLHF."""
-    return beta * kl - log_ratio.exp() * advantages
+class Batch(NamedTuple):
+    """Steps of a rollout. All is from before the update, but advantages and returns may be estimated anew."""
 
-
-def adapt_beta(beta: float, kl: float, target: float) -> float:
-    """Halves beta after an iteration with KL < target / 1.5, doubles it after KL > 1.5 target (PPO paper, §4); within
-    1e-4 to 1e4, so that it finds its way back."""
-    factor = 0.5 if kl < target / 1.5 else 2.0 if kl > target * 1.5 else 1.0
-    return min(max(beta * factor, 1e-4), 1e4)
-
-
-def kl_estimates(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """k1 = -log r and k3 = (r - 1) - log r per row (B,): for actions from pi_old both have the mean KL(pi_old || pi);
-    k3 is never negative (http://joschu.net/blog/kl-approx.html)."""
-    return -log_ratio, log_ratio.exp() - 1 - log_ratio
-
-
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """Half the squared error per row (B,). With a clip_coef: the larger of that and of the error after the value is
-    clipped to old_values +- clip_coef (37 details, no. 9)."""
-    squared = (values - returns).square()
-    if clip_coef is not None:
-        clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-        squared = torch.max(squared, (clipped - returns).square())
-    return 0.5 * squared
-
-
-class GaussianBatch(NamedTuple):
-    """B rows of experience; all that the loss needs to know of them."""
-
-    obs: Tensor  # (B, obs_dim), normalised
-    actions: Tensor  # (B, C), not clipped
-    old_log_probs: Tensor  # (B,)
-    old_means: Tensor  # (B, C)
-    old_log_std: Tensor  # (B, C), the same in each row
-    old_values: Tensor  # (B,)
+    obs: Tensor  # (B, D), normalised
+    actions: Tensor  # (B, C), in the policy's unit, not clipped
+    log_probs: Tensor  # (B,), of the actions
+    values: Tensor  # (B,)
     advantages: Tensor  # (B,)
-    returns: Tensor  # (B,)
+    returns: Tensor  # (B,), the targets of the critic
 
 
-def gaussian_ppo_loss(
-    actor: nn.Module, critic: nn.Module, batch: GaussianBatch, count: float, beta: float, args: Args
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a minibatch, and its detached parts per row (B,).
+def approximate_kl(log_ratio: Tensor) -> Tensor:
+    """KL(old || new), in nats, estimated from log(new / old probability) (B,) of actions that the old policy took: the
+    mean of r - 1 - log r, which is unbiased and never negative (k3 of http://joschu.net/blog/kl-approx.html)."""
+    return (log_ratio.exp() - 1 - log_ratio).mean()
 
-    The sum over rows is divided by count, the rows of this minibatch over all ranks, so that the gradients of all ranks
-    add up to that of the whole minibatch."""
-    means, log_std = actor(batch.obs)  # (B, C), (C,)
-    values = critic(batch.obs).squeeze(-1)  # (B,)
-    log_ratio = gaussian_log_prob(batch.actions, means, log_std) - batch.old_log_probs  # (B,)
 
-    if args.objective == "clip":
-        policy_losses = clipped_policy_loss(log_ratio, batch.advantages, args.clip_coef)
+def ppo_loss(policy: Policy, critic: nn.Module, batch: Batch, kl_coef: float, args: Args) -> tuple[Tensor, dict]:
+    """Loss of a minibatch, and figures about it for the log. kl_coef: beta of eq. 8, for kl-penalty alone."""
+    log_probs, entropies = policy.evaluate_actions(batch.obs, batch.actions)  # (B,) each
+    log_ratio = log_probs - batch.log_probs
+    ratio = log_ratio.exp()  # of an action's new and old probability
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    approx_kl = approximate_kl(log_ratio)
+
+    advantages = batch.advantages
+    if args.norm_adv and len(advantages) > 1:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    if args.objective == "clip":  # the smaller one: beyond the clip there is nothing to gain, but all to lose
+        policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
     else:
-        kl = gaussian_kl(batch.old_means, batch.old_log_std, means, log_std)
-        policy_losses = kl_penalty_policy_loss(log_ratio, batch.advantages, kl, beta)
-    value_losses = value_loss(values, batch.old_values, batch.returns, args.clip_coef if args.clip_vloss else None)
-    entropy = gaussian_entropy(log_std).expand_as(values)
-    loss = (policy_losses + args.vf_coef * value_losses - args.ent_coef * entropy).sum() / count
-    parts = {"policy_loss": policy_losses, "value_loss": value_losses, "entropy": entropy, "log_ratio": log_ratio}
-    return loss, {name: part.detach() for name, part in parts.items()}
+        policy_loss = -(ratio * advantages).mean() + kl_coef * approx_kl
+
+    values = critic(batch.obs).squeeze(-1)  # (B,)
+    squared_errors = (values - batch.returns).square()
+    if args.clip_vloss:
+        clipped_values = batch.values + (values - batch.values).clamp(-args.clip_coef, args.clip_coef)
+        squared_errors = torch.max(squared_errors, (clipped_values - batch.returns).square())
+    value_loss = 0.5 * squared_errors.mean()
+
+    entropy = entropies.mean()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+
+    figures = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "approx_kl": approx_kl}
+    figures["clipfrac"] = (ratio != clipped_ratio).float().mean()
+    return loss, {name: figure.detach() for name, figure in figures.items()}
 
 
-def global_moments(parts: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count, mean and standard deviation (divisor n - 1) over all ranks of each of P vectors: three arrays (P,)."""
-    arrays = [part.numpy(force=True).astype(np.float64) for part in parts]
-    sums = np.array([(x.size, x.sum(), np.square(x).sum()) for x in arrays])
-    sum_over_ranks(torch.from_numpy(sums))
-    count, total, squares = sums.T
-    mean = total / np.maximum(count, 1)
-    return count, mean, np.sqrt(np.maximum(squares - total * mean, 0) / np.maximum(count - 1, 1))
+# ---------------------------------------------------------------------------------------------------------- training
 
 
-def shuffled_minibatches(batch: NamedTuple, args: Args) -> Iterator[tuple[NamedTuple, float]]:
-    """Yields minibatches of nearly equal size, shuffled, that hold every row once, with the number of rows of each over
-    all ranks. With norm_adv, the advantages of a minibatch have mean 0 and std 1 over all ranks; a single row has no
-    std and stays as it is."""
-    order = torch.randperm(len(batch.advantages)).to(batch.advantages.device)
-    parts = (x[order].tensor_split(args.num_minibatches) for x in batch)
-    minibatches = [batch._make(part) for part in zip(*parts)]
-    moments = global_moments([minibatch.advantages for minibatch in minibatches])
-    for minibatch, count, mean, std in zip(minibatches, *moments):
-        if args.norm_adv and count > 1:
-            minibatch = minibatch._replace(advantages=(minibatch.advantages - mean) / (std + 1e-8))
-        if count:  # reset rows may have left fewer rows than minibatches
-            yield minibatch, count
-
-
-def flatten_parameters(*modules: nn.Module) -> nn.Parameter:
-    """Moves the trained parameters of all modules into one vector (P,) and their gradients into its .grad: each
-    parameter becomes a view. Clipping, Adam and the all-reduce then are one operation instead of one per parameter."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    sizes = [p.numel() for p in parameters]
-    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    for p, data, grad in zip(parameters, flat.data.split(sizes), flat.grad.split(sizes)):
-        p.data, p.grad = data.view_as(p), grad.view_as(p)
-    return flat
-
-
-def finished_episodes(rewards: np.ndarray, resets: np.ndarray, under_way: np.ndarray) -> np.ndarray:
-    """Return and length (2, T, N) of the episodes that ended in each row of a rollout, NaN where none did.
-
-    rewards: (T, N). resets: (T + 1, N), true in rows in which an environment was reset. under_way: (2, N) return and
-    length so far of the current episodes, updated in place.
-    """
-    finished = np.full((2, *rewards.shape), np.nan)
-    valid = ~resets[:-1]
-    totals = np.cumsum([rewards * valid, valid], axis=1, dtype=np.float64)  # (2, T, N) since the first row
-    for t, n in np.argwhere(resets[1:]):
-        finished[:, t, n] = under_way[:, n] + totals[:, t, n]
-        under_way[:, n] = -totals[:, t, n]
-    under_way += totals[:, -1]
-    return finished
-
-
-def discounted_returns(rewards: np.ndarray, resets: np.ndarray, gamma: float, under_way: np.ndarray) -> np.ndarray:
-    """Sum over k of gamma^k r[t - k] (T, N), from each step back to the start of its episode, 0 in rows of resets:
-    what the standard deviation is of that rewards are divided by (37 details, continuous no. 8).
-
-    rewards: (T, N). resets: (T + 1, N) as for finished_episodes. under_way: (N,) the last sums, updated in place.
-    """
-    sums = np.zeros(rewards.shape)
-    for t in range(len(rewards)):
-        under_way[:] = sums[t] = np.where(resets[t], 0, rewards[t] + gamma * under_way)
-    return sums
-
-
-# ------------------------------------------------------------------------------------------------------------- training
-
-
-def train(args: Args) -> dict[str, float | str]:
-    """Trains a policy, saves it in args.run_dir and evaluates what was saved. Returns the content of summary.json.
-
-    Sets the seed and thread counts of PyTorch and NumPy's thread count. Raises UserError, and FloatingPointError where
-    an observation, a reward or the loss is not finite."""
-    # Set-up. Flags describe the whole job: under torchrun, each of world_size ranks has its share of the environments.
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    check_args(args, world_size)
-    check_env_args(args, world_size)
-    run_dir = Path(args.resume or args.run_dir or default_run_dir(args))
-    videos = run_dir / "videos" if args.capture_video else None
-    device = start_device(args, world_size, auto="cpu")
+def train(args: Args, run_dir: Path) -> dict[str, float]:
+    """Trains a policy. Leaves config.json, metrics.csv, TensorBoard events, checkpoint.pt and policy.pt in run_dir.
+    Returns figures for the summary. Raises UserError, and FloatingPointError for what is not finite."""
+    torch.set_num_threads(1)  # more only slow networks of this size down
     torch.manual_seed(args.seed)
-    num_steps, num_envs = args.num_steps, args.num_envs // world_size
-    my_envs = slice(rank * num_envs, (rank + 1) * num_envs)
-    if args.eval_episodes:
-        make_eval_env(args.env_id, args.capture_video).close()  # fails now rather than after training
-    envs = make_envs(args.env_id, num_envs, args.vectorization_mode)
-    spec = box_spec(args.env_id, envs) | {"obs_limit": 10.0 if args.norm_obs else math.inf}
-    obs_dim, action_dim = spec["obs_dim"], len(spec["low"])
-    actor = GaussianActor(obs_dim, action_dim, args.log_std_init).to(device)
-    critic = mlp(obs_dim, 1, output_gain=1.0).to(device)
-    parameters = flatten_parameters(actor, critic)
-    obs_moments, return_moments = RunningMoments(obs_dim), RunningMoments(1)
-    optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=1e-5, fused=True)
-    loss_fn = torch.compile(gaussian_ppo_loss) if args.compile else gaussian_ppo_loss
-
-    # Rollouts are collected in NumPy, where the environments live. Row t holds obs[t], the action chosen there and what
-    # came of it; the observation after the last row becomes row 0 of the next rollout. resets[t]: the step before row t
-    # ended an episode, so that row t ignores its action and resets the environment.
-    obs = np.zeros((num_steps + 1, num_envs, obs_dim), np.float32)
-    resets = np.zeros((num_steps + 1, num_envs), bool)
-    actions = np.zeros((num_steps, num_envs, action_dim), np.float32)  # in the policy's unit, not clipped
-    rewards = np.zeros((num_steps, num_envs), np.float32)
-    terminated, truncated = np.zeros((2, num_steps, num_envs), bool)
-    under_way = np.zeros((2, num_envs))  # return and length so far of the current episodes
-    discounted = np.zeros(num_envs)  # their discounted return so far
-
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
-    def policy_weights() -> dict[str, Tensor]:
-        return {"obs_mean": obs_moments.mean.float(), "obs_std": obs_moments.std()} | actor.state_dict()
-
-    iteration, global_step, beta = 0, 0, args.kl_penalty
-    recent = deque(maxlen=100)  # (return, length) of the last training episodes
-    start = time.perf_counter()
+    envs = make_envs(args, args.num_envs)
+    obs_dim, space = envs.single_observation_space.shape[0], envs.single_action_space
+    spec = {"obs_dim": obs_dim, "low": space.low.tolist(), "high": space.high.tolist(), "dtype": str(space.dtype)}
+    spec |= {"norm_obs": args.norm_obs, "log_std_init": args.log_std_init}
+    policy = Policy(**spec).to(args.device)
+    critic = mlp(obs_dim, 1, output_gain=1.0).to(args.device)
+    parameters = [*policy.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+    obs_moments, return_moments = RunningMoments(obs_dim), RunningMoments()
+    learner = {"policy": policy, "critic": critic, "optimizer": optimizer}
+    learner |= {"obs_moments": obs_moments, "return_moments": return_moments}
+    returns, lengths = envs.return_queue, envs.length_queue  # of the last 100 episodes
+    iteration, global_step, seconds, kl_coef = 0, 0, 0.0, 1.0
     if args.resume:
-        state = load_saved(run_dir / "checkpoint.pt")
-        iteration, global_step, beta = state["iteration"], state["global_step"], state["beta"]
-        recent.extend(state["recent"])
-        start -= state["seconds"]
-        parameters.data.copy_(state["parameters"])
-        optimizer.load_state_dict(state["optimizer"])
-        obs_moments.load_state_dict(state["obs_moments"])
-        return_moments.load_state_dict(state["return_moments"])
-    elif rank == 0:
-        create_run(run_dir, args, world_size)
-    log = MetricsLog(run_dir, iteration, global_step) if rank == 0 else None
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=None if rank == 0 else True)
+        checkpoint = load(run_dir / "checkpoint.pt", **learner)
+        iteration, global_step, seconds, kl_coef = checkpoint["progress"]
+        returns.extend(checkpoint["queues"][0])
+        lengths.extend(checkpoint["queues"][1])
+    start_time = time.perf_counter() - seconds
 
-    def solved() -> bool:
-        full = len(recent) == recent.maxlen
-        return args.target_return is not None and full and np.mean(recent, axis=0)[0] >= args.target_return
+    def save_run() -> None:
+        save(run_dir / "policy.pt", spec=spec, weights=policy.state_dict())
+        states = {name: part.state_dict() for name, part in learner.items()}
+        queues = [[*map(float, queue)] for queue in (returns, lengths)]
+        save(run_dir / "checkpoint.pt", progress=(iteration, global_step, seconds, kl_coef), queues=queues, **states)
 
-    def save_checkpoint() -> None:
-        state = {"iteration": iteration, "global_step": global_step, "beta": beta, "recent": list(recent)}
-        state |= {"parameters": parameters.data, "optimizer": optimizer.state_dict()}
-        state |= {"obs_moments": obs_moments.state_dict(), "return_moments": return_moments.state_dict()}
-        write_atomically(run_dir / "checkpoint.pt", state | {"seconds": time.perf_counter() - start})
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_run()  # before config.json, so that every run that has one can be resumed
+    log = MetricsLog(run_dir, args, iteration, global_step)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step")
 
-    while global_step < args.total_timesteps and not solved():
-        if iteration % args.checkpoint_interval == 0:
-            # All that is random starts anew from (seed, iteration): a resumed run goes on just like one never stopped.
-            if rank == 0:
-                log.sync()
-                save_checkpoint()
-            env_seed, noise_seed, shuffle_seed = derive_seeds(args.seed, iteration, 3)
-            rng = np.random.default_rng(noise_seed)
-            torch.manual_seed(shuffle_seed + rank)
-            obs[-1], _ = envs.reset(seed=env_seed + my_envs.start)
-            resets[-1], under_way[:], discounted[:] = False, 0, 0
+    shape = (args.num_steps, args.num_envs)  # T, N
+    obs = np.zeros((args.num_steps + 1, args.num_envs, obs_dim), np.float32)  # before each step, and after the last
+    actions = np.zeros((*shape, policy.low.size), np.float32)  # in the policy's unit
+    rewards = np.zeros(shape, np.float32)
+    discounted = np.zeros(shape, np.float32)  # the discounted return of the episode so far
+    terminated = np.zeros(shape, bool)
+    truncated = np.zeros(shape, bool)
+    is_reset = np.zeros(shape, bool)  # the step only reset: its action was ignored
+    env_seed, torch_seed = np.random.SeedSequence((args.seed, iteration)).generate_state(2).tolist()
+    torch.manual_seed(torch_seed)
+    next_obs, _ = envs.reset(seed=env_seed)  # far from other seeds' env_seed: environment n gets env_seed + n
+    next_is_reset = np.zeros(args.num_envs, bool)
 
-        # 1. Rollout: T steps in N environments. All ranks draw the noise of all environments, so that an environment
-        # meets the same noise however they are spread.
-        policy = Policy(spec, policy_weights())
-        noise = policy.std * rng.standard_normal((num_steps, args.num_envs, action_dim))[:, my_envs]  # (T, N, C)
-        obs[0], resets[0] = obs[-1], resets[-1]
-        for t in range(num_steps):
-            actions[t] = policy.means(obs[t]) + noise[t]
-            if not math.isfinite(actions[t].sum()):
-                break  # the environment must not get what a broken observation leads to
-            obs[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(policy.to_env(actions[t]))
-        resets[1:] = terminated | truncated
-        broken = torch.tensor([not np.isfinite(x).all() for x in (obs, rewards)], dtype=torch.float32)
-        sum_over_ranks(broken)  # all ranks stop together
-        if broken.any():
-            what = "an observation" if broken[0] else "a reward"
-            raise FloatingPointError(f"{what} of iteration {iteration + 1} is not finite: mend the environment")
+    while global_step < args.total_timesteps:
+        # 1. Rollout. Where an episode ends in step t, obs[t + 1] is its last observation, and step t + 1 only resets
+        # the environment, so that obs[t + 2] is the first one of the next episode.
+        # Observations are normalised by the statistics of all rollouts before this one (at first by mean 0, std 1), and
+        # so to the end of the iteration: a saved policy comes with the statistics that it was trained with.
+        policy.obs_mean.copy_(obs_moments.mean)
+        policy.obs_std.copy_((obs_moments.var + 1e-8).sqrt())
+        for t in range(args.num_steps):
+            obs[t], is_reset[t] = next_obs, next_is_reset
+            actions[t] = policy.choose(next_obs)
+            next_obs, rewards[t], terminated[t], truncated[t], _ = envs.step(policy.to_env(actions[t]))
+            next_is_reset = terminated[t] | truncated[t]
+            # Step 0 goes on from step -1, which is the last one of the previous rollout.
+            discounted[t] = np.where(is_reset[t], 0, rewards[t] + args.gamma * discounted[t - 1])
+        obs[-1] = next_obs
+        obs_moments.update(obs[:-1][~is_reset])
+        return_moments.update(discounted[~is_reset])
 
-        # 2. Values and log-probs of the whole rollout in one pass, then advantages, and the returns that values aim at.
-        # Rewards are scaled with this rollout counted in; observations as they were when the policy acted on them.
-        scaled = tensor(rewards)
+        # 2. Advantages, from the values of all observations.
+        scaled_rewards = rewards
         if args.norm_reward:
-            return_moments.update(discounted_returns(rewards, resets, args.gamma, discounted)[~resets[:-1]][:, None])
-            scaled = tensor((rewards / return_moments.std().numpy()).clip(-10, 10))
-        ends, valid = (tensor(terminated), tensor(truncated)), tensor(~resets[:-1])  # (T, N) each
+            scaled_rewards = (rewards / math.sqrt(return_moments.var + 1e-8)).clip(-10, 10)
+        all_obs = policy.normalize(obs)  # (T + 1, N, D)
+        all_actions = torch.from_numpy(actions).to(args.device)  # (T, N, C)
+        values, advantages = estimate(critic, all_obs, scaled_rewards, terminated, truncated, args)  # (T, N) each
         with torch.no_grad():
-            inputs = tensor(policy.normalize(obs))  # (T + 1, N, obs_dim)
-            values = critic(inputs).squeeze(-1)  # (T + 1, N)
-            means, log_std = actor(inputs[:-1])  # (T, N, C), (C,)
-            log_probs = gaussian_log_prob(tensor(actions), means, log_std)  # (T, N)
-            old_policy = log_probs, means, log_std.clone().expand_as(means)
-        advantages = compute_gae(scaled, values, *ends, args.gamma, args.gae_lambda)  # (T, N)
-        rollout = inputs[:-1], tensor(actions), *old_policy, values[:-1], advantages, advantages + values[:-1]
-        batch = GaussianBatch(*(x[valid] for x in rollout))  # (B, ...) with B <= T N
-        if args.norm_obs:
-            obs_moments.update(obs[:-1][~resets[:-1]])  # for the next rollout
+            log_probs, _ = policy.evaluate_actions(all_obs[:-1], all_actions)  # (T, N)
+        keep = torch.from_numpy(~is_reset).to(args.device)  # (T, N); indexing with it makes (B, ...) of (T, N, ...)
+        batch = Batch(
+            obs=all_obs[:-1][keep],
+            actions=all_actions[keep],
+            log_probs=log_probs[keep],
+            values=values[keep],
+            advantages=advantages[keep],
+            returns=(advantages + values)[keep],
+        )
+        explained_variance = 1 - (batch.advantages.var() / batch.returns.var()).item()
 
-        # 3. Update: several epochs of minibatch steps on this batch.
+        # 3. Update: a step of the optimizer for each minibatch.
         learning_rate = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
         optimizer.param_groups[0]["lr"] = learning_rate
-        all_parts, grad_norms = [], []
-        epoch_batch, stopped = batch, False
+        history, is_too_far = [], False
         for epoch in range(args.update_epochs):
-            if epoch and args.recompute_advantages:
-                with torch.no_grad():
-                    values = critic(inputs).squeeze(-1)
-                advantages = compute_gae(scaled, values, *ends, args.gamma, args.gae_lambda)
-                returns = advantages + values[:-1]
-                epoch_batch = batch._replace(advantages=advantages[valid], returns=returns[valid])
-            for minibatch, count in shuffled_minibatches(epoch_batch, args):
-                loss, parts = loss_fn(actor, critic, minibatch, count, beta, args)
-                parameters.grad.zero_()
-                loss.backward()
-                approx_kl = kl_estimates(parts["log_ratio"])[1].sum() / count
-                sum_over_ranks(parameters.grad, approx_kl)
-                all_parts.append(parts)
-                grad_norms.append(parameters.grad.norm())
-                stopped = args.target_kl is not None and approx_kl > args.target_kl
-                if stopped:
+            if epoch > 0 and args.recompute_advantages:
+                values, advantages = estimate(critic, all_obs, scaled_rewards, terminated, truncated, args)
+                batch = batch._replace(advantages=advantages[keep], returns=(advantages + values)[keep])
+            for rows in torch.randperm(len(batch.obs)).chunk(args.num_minibatches):
+                minibatch = Batch(*(column[rows] for column in batch))
+                loss, figures = ppo_loss(policy, critic, minibatch, kl_coef, args)
+                if args.target_kl is not None and history and figures["approx_kl"] > args.target_kl:
+                    is_too_far = True  # but the first minibatch is always learned from
                     break
-                parameters.grad.mul_((args.max_grad_norm / (grad_norms[-1] + 1e-6)).clamp(max=1))
+                optimizer.zero_grad()
+                loss.backward()
+                figures["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
-            if stopped:
+                history.append(figures)
+            if is_too_far:
                 break
-        iteration += 1
-        penalty = {}
-        if args.objective == "kl-penalty":
-            with torch.no_grad():
-                divergence = gaussian_kl(batch.old_means, batch.old_log_std, *actor(batch.obs))
-            kl = global_moments([divergence])[1].item()
-            penalty = {"kl": kl, "kl_penalty": beta}
-            beta = adapt_beta(beta, kl, args.kl_penalty_target)
+        with torch.no_grad():
+            log_probs, _ = policy.evaluate_actions(batch.obs, batch.actions)  # (B,)
+            kl = approximate_kl(log_probs - batch.log_probs).item()
+        if args.objective == "kl-penalty":  # PPO paper, section 4
+            if kl > 1.5 * args.kl_penalty_target:
+                kl_coef *= 2
+            elif kl < args.kl_penalty_target / 1.5:
+                kl_coef /= 2
 
-        # 4. Metrics: means over all minibatches of this iteration and all ranks.
-        rows = {name: torch.cat([parts[name] for parts in all_parts]) for name in all_parts[0]}
-        log_ratio = rows.pop("log_ratio")
-        rows["old_approx_kl"], rows["approx_kl"] = kl_estimates(log_ratio)
-        rows["clipfrac"] = (log_ratio.exp() - 1).abs() > args.clip_coef
-        rows["grad_norm"] = torch.stack(grad_norms)
-        counts, means, stds = global_moments([batch.returns, batch.returns - batch.old_values, *rows.values()])
-        if not (np.isfinite(means).all() and parameters.isfinite().all()):
-            raise FloatingPointError(f"the loss of iteration {iteration} is not finite")
-        losses = dict(zip(rows, means[2:].tolist()))
-        losses["explained_variance"] = 1 - (stds[1] / stds[0]).item() ** 2 if stds[0] else math.nan
-        global_step += int(counts[0])
-        finished = np.zeros((2, num_steps, args.num_envs))
-        finished[..., my_envs] = finished_episodes(rewards, resets, under_way)
-        sum_over_ranks(torch.from_numpy(finished))  # each rank adds its environments; NaN stays NaN
-        recent.extend(finished[:, ~np.isnan(finished[0])].T.tolist())
-        mean_return, mean_length = np.mean(recent, axis=0).tolist() if recent else (math.nan, math.nan)
-        seconds = time.perf_counter() - start
-        row = {
-            "iteration": iteration,
+        # 4. Metrics, of which those of ppo_loss are means over the minibatches.
+        iteration, global_step = iteration + 1, global_step + len(batch.obs)
+        seconds = time.perf_counter() - start_time
+        mean_return = np.mean(returns) if returns else math.nan
+        metrics = {
             "global_step": global_step,
             "charts/episodic_return": mean_return,
-            "charts/episodic_length": mean_length,
+            "charts/episodic_length": np.mean(lengths) if lengths else math.nan,
+            "charts/SPS": global_step / seconds,
             "charts/learning_rate": learning_rate,
-            **{f"losses/{name}": value for name, value in (losses | penalty).items()},
-            "time/seconds": seconds,
-            "time/steps_per_second": global_step / seconds,
+            "losses/explained_variance": explained_variance,
+            "losses/kl_after_update": kl,
+            "losses/kl_coef": kl_coef,
         }
-        if rank == 0:
-            log.write(row)
-            show_progress(progress, global_step, f"return {mean_return:.1f}, {global_step / seconds:,.0f} steps/s")
+        for name in history[0]:
+            metrics[f"losses/{name}"] = torch.stack([figures[name] for figures in history]).mean().item()
+        if not math.isfinite(metrics["losses/grad_norm"] + obs_moments.mean.sum()):
+            raise FloatingPointError(f"iteration {iteration}: an observation, a reward or the loss is not finite")
+        log.write(metrics)
+        bar.update(len(batch.obs))
+        bar.set_postfix_str(f"return {mean_return:.1f}")
+        if iteration % args.checkpoint_interval == 0:
+            save_run()
 
-    # The policy is saved, and what was saved is evaluated.
-    seconds = time.perf_counter() - start
-    envs.close()
-    progress.close()
-    leave_ranks()
-    if rank > 0:
-        return {}
-    log.close()
-    save_checkpoint()
-    weights = {name: weight.cpu().clone() for name, weight in policy_weights().items()}
-    write_atomically(run_dir / "policy.pt", {"spec": spec, "weights": weights})
-    draw_returns(run_dir)
-    summary = {"script": SCRIPT, "task": args.task, "seed": args.seed, "global_step": global_step}
-    summary |= {"seconds": seconds, "steps_per_second": global_step / seconds}
-    if recent:
-        summary["train_return"] = np.mean(recent, axis=0)[0].item()
-    if args.eval_episodes:
-        saved = load_policy(run_dir / "policy.pt")
-        for mode in ("greedy", "sampled"):
-            returns = evaluate(saved, args.eval_episodes, mode, args.seed, videos)
-            summary[f"eval_return_{mode}"] = np.mean(returns).item()
-    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    reached = "".join(f", {name} {summary[name]:.1f}" for name in summary if "return" in name)
-    print(f"{args.env_id}: {global_step:,} steps in {seconds:.1f} s{reached}; saved in {run_dir}")
-    return summary
+    save_run()
+    for closable in (envs, log.csv, log.writer, bar):
+        closable.close()
+    return {"global_step": global_step, "seconds": seconds} | ({"train_return": np.mean(returns)} if returns else {})
 
 
-# --------------------------------------------------------------------------------------------------- the policy at work
-
-
-def load_policy(path: str | Path) -> Policy:
-    """The policy in a policy.pt file, or in the run directory that holds one. Raises UserError."""
-    path = Path(path)
-    path = path / "policy.pt" if path.is_dir() else path
-    saved = load_saved(path)
-    if "weights" not in saved:
-        raise UserError(f"{path} is a checkpoint: give the policy.pt beside it")
-    return Policy(saved["spec"], saved["weights"])
-
-
-def evaluate(policy: Policy, episodes: int, mode: str, seed: int, videos: Path | None = None) -> list[float]:
-    """Returns of whole episodes with "greedy" or "sampled" actions; recorded in the folder videos if one is given."""
-    env = make_eval_env(policy.spec["env_id"], videos is not None)
-    if videos:
-        env = gym.wrappers.RecordVideo(env, str(videos), episode_trigger=lambda _: True, name_prefix=mode)
-    (eval_seed,) = derive_seeds(seed, 2**32 - 1, 1)
-    rng = np.random.default_rng(eval_seed)
-    returns = []
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=eval_seed + episode)
-        over, total = False, 0.0
-        while not over:
-            action = policy.act(obs, rng if mode == "sampled" else None)
-            obs, reward, terminated, truncated, _ = env.step(action)
-            over, total = terminated or truncated, total + float(reward)
-        returns.append(total)
-    env.close()
-    return returns
-
-
-def play(args: Args) -> None:
-    """Runs the saved policy args.play for eval_episodes and prints the returns."""
-    if args.eval_episodes < 1:
-        raise UserError("--eval-episodes must be at least 1 for --play")
-    check_args(args, world_size=1)
-    check_env_args(args, world_size=1)
-    path = Path(args.play)
-    policy = load_policy(path)
-    videos = (path if path.is_dir() else path.parent) / "play_videos" if args.capture_video else None
-    for mode in ("greedy", "sampled"):
-        returns = evaluate(policy, args.eval_episodes, mode, args.seed, videos)
-        print(f"{policy.spec['env_id']}, {mode}: mean {np.mean(returns):.1f} of " + " ".join(f"{r:g}" for r in returns))
-
-
-# ---------------------------------------------------------------------------------------------------------- run-keeping
-
-SCRIPT = "ppo_mlp_continuous"
-FORMAT = 1  # of checkpoint.pt and policy.pt: raised whenever what they hold changes
-LIBRARIES = ("torch", "numpy", "gymnasium", "mujoco", "envpool")  # whose versions config.json tells
-# What check_args demands of the values of flags.
-LIMITS = {
-    "at least 1": (
-        "num_envs total_timesteps num_minibatches update_epochs checkpoint_interval",
-        lambda x: x >= 1,
-    ),
-    "at least 2 (one row may be a reset)": ("num_steps", lambda x: x >= 2),
-    "between 1 and 1024": ("torch_threads", lambda x: 1 <= x <= 1024),
-    "above 0": (
-        "learning_rate clip_coef max_grad_norm target_kl kl_penalty kl_penalty_target",
-        lambda x: 0 < x < math.inf,
-    ),
-    "finite": ("target_return", math.isfinite),
-    "between 0 and 2**32 - 1": ("seed ent_coef vf_coef eval_episodes", lambda x: 0 <= x < 2**32),
-    "between 0 and 1": ("gamma gae_lambda", lambda x: 0 <= x <= 1),
-    "between -20 and 5": ("log_std_init", lambda x: -20 <= x <= 5),
-}
+# -------------------------------------------------------------------------------- environments, files and evaluation
 
 
 class UserError(Exception):
-    """A mistake in what the user gave; its text names the flag or file and the mend."""
+    """A mistake in what the user gave. It ends the program with one line."""
 
 
-def check_args(args: Args, world_size: int) -> None:
-    """Raises UserError for a flag whose value cannot work."""
-    for limit, (names, holds) in LIMITS.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not holds(value):
-                raise UserError(f"--{name.replace('_', '-')} must be {limit}, not {value}")
-    if args.resume:
-        saved = saved_args(args.resume)
-        for name in (field.name for field in fields(Args) if field.name != "run_dir"):
-            if getattr(args, name) != getattr(saved, name):
-                raise UserError(f"--{name.replace('_', '-')} contradicts the run in {args.resume}: leave it out")
-    if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
-        raise UserError(f"--device {args.device} is not available to this PyTorch: use cpu")
-    if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", "0")) >= torch.cuda.device_count():
-        raise UserError("--device cuda needs a GPU per process: lower torchrun's --nproc-per-node")
-    if args.device == "mps" and world_size > 1:
-        raise UserError("--device mps works with a single process: use cpu")
-
-
-def check_env_args(args: Args, world_size: int) -> None:
-    """Raises UserError for flags about environments and minibatches that do not fit together."""
-    if args.capture_video and not args.eval_episodes:
-        raise UserError("--capture-video records evaluation episodes: set --eval-episodes to at least 1")
-    if args.num_envs % world_size:
-        raise UserError(f"--num-envs {args.num_envs} must be a multiple of the {world_size} processes")
-    if args.num_minibatches * world_size > args.num_envs * args.num_steps:
-        raise UserError("--num-minibatches is more than the rows of a rollout: raise --num-envs or --num-steps")
-    if args.vectorization_mode == "envpool" and find_spec("envpool") is None:
-        raise UserError("--vectorization-mode envpool needs a package: pip install envpool")
-
-
-class EnvPool(gym.vector.VectorWrapper):
-    """EnvPool's environments, in C++ threads. They are seeded when they are made, so a seeded reset makes new ones."""
-
-    def __init__(self, env_id: str, num_envs: int):
-        self.make_again = partial(import_module("envpool").make_gymnasium, env_id, num_envs=num_envs)
-        super().__init__(self.make_again())
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """First observations. seed: of the first environment, counting up."""
-        if seed is not None:
-            self.env.close()
-            self.env = self.make_again(seed=[(seed + i) % 2**31 for i in range(self.num_envs)])
-        return self.env.reset(options=options)
-
-
-def make_envs(env_id: str, num_envs: int, mode: str) -> gym.vector.VectorEnv:
-    """num_envs parallel environments with flat observations and NEXT_STEP autoreset. Raises UserError."""
-    with user_error_in(f"--env-id {env_id}"):
-        if mode == "envpool":
-            envs = EnvPool(env_id, num_envs)
-        else:
-            envs = gym.make_vec(env_id, num_envs, None if mode == "auto" else mode)
-    if envs.metadata.get("autoreset_mode") is not gym.vector.AutoresetMode.NEXT_STEP:
-        raise UserError(f"--env-id {env_id} does not autoreset in the next step: use --vectorization-mode sync")
-    space = envs.single_observation_space
-    if isinstance(space, Box) and len(space.shape) == 1:
-        return envs
-    with user_error_in(f"--env-id {env_id}"):
-        flat_space = flatten_space(space)
-    if not isinstance(flat_space, Box):
-        raise UserError(f"--env-id {env_id}: observations {space} have no fixed size: wrap the environment")
-    return gym.wrappers.vector.FlattenObservation(envs)
-
-
-def make_eval_env(env_id: str, render: bool) -> gym.Env:
-    """One environment with flat observations whose episodes end. Raises UserError, also where it should but cannot
-    render."""
-    with user_error_in(f"--env-id {env_id}"):
-        env = gym.make(env_id, **({"render_mode": "rgb_array"} if render else {}))
-    if render:
-        hint = 'pip install moviepy "gymnasium[classic-control]"; MuJoCo without a screen: set MUJOCO_GL=egl or osmesa'
-        with user_error_in(f"--capture-video of {env_id} ({hint})"):
-            import_module("moviepy")
-            env.reset()
-            env.render()
-    if env.spec.max_episode_steps is None:  # a policy may walk in circles for ever
-        env = gym.wrappers.TimeLimit(env, 10_000)
-    return gym.wrappers.FlattenObservation(env)
-
-
-def box_spec(env_id: str, envs: gym.vector.VectorEnv) -> dict:
-    """What Policy needs to know of the spaces. Raises UserError where the actions are not a Box."""
-    space = envs.single_action_space
-    if not isinstance(space, Box):
-        hint = "use ppo_mlp_discrete.py" if isinstance(space, Discrete | MultiDiscrete) else "wrap the environment"
-        raise UserError(f"--env-id {env_id} has actions {space}, not Box: {hint}")
-    return {
-        "env_id": env_id,
-        "obs_dim": envs.single_observation_space.shape[0],
-        "low": space.low.ravel().tolist(),
-        "high": space.high.ravel().tolist(),
-        "action_shape": list(space.shape),
-        "dtype": str(space.dtype),
-    }
-
-
-def start_device(args: Args, world_size: int, auto: str) -> torch.device:
-    """Sets threads and determinism, joins the other ranks, and returns this rank's device. auto: what "auto" means."""
-    torch.set_num_threads(args.torch_threads)
-    threadpool_limits(args.torch_threads)  # NumPy's too
-    device = torch.device(auto if args.device == "auto" else args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
-        torch.use_deterministic_algorithms(True)
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def sum_over_ranks(*tensors: Tensor) -> None:
-    """Replaces each tensor by its sum over all ranks, with one all-reduce; a single process keeps its own."""
-    if dist.is_initialized():
-        flat = torch.cat([x.flatten() for x in tensors])
-        dist.all_reduce(flat)
-        for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
-            x.copy_(total.view_as(x))
-
-
-def leave_ranks() -> None:
-    """Leaves the other ranks when all have come here: nobody goes while others still talk."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def derive_seeds(seed: int, stage: int, count: int) -> list[int]:
-    """count independent 32-bit seeds for one stage of the run with this seed."""
-    return np.random.SeedSequence((seed, stage)).generate_state(count).tolist()
-
-
-def default_run_dir(args: Args) -> str:
-    """runs/<task>__<script>__<seed>__<time>"""
-    task = re.sub(r"[^A-Za-z0-9.-]", "_", args.task)
-    return f"runs/{task}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-
-
-def create_run(run_dir: Path, args: Args, world_size: int) -> None:
-    """Makes the run directory with its config.json. Raises UserError where a run is already."""
-    if any(
-        (run_dir / name).exists() for name in ("config.json", "metrics.csv", "checkpoint.pt", "policy.pt", "policy")
-    ):
-        raise UserError(f"--run-dir {run_dir} already holds a run: choose another, or continue it with --resume")
-    with user_error_in(f"--run-dir {run_dir}"):
-        run_dir.mkdir(parents=True, exist_ok=True)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if which("git") else ""
-    config = {
-        "args": asdict(replace(args, run_dir=None)),
-        "world_size": world_size,
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in LIBRARIES if find_spec(p)},
-        "git": commit or None,
-        "machine": machine(),
-    }
-    write_atomically(run_dir / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def machine() -> str:
-    """Names of the processor, its cores and the GPU, if there is one."""
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores{gpu}"
-
-
-def write_atomically(path: Path, content: dict | str) -> None:
-    """Writes text, or tensors and plain Python in a dict, such that a kill leaves the old or the new file whole."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        if isinstance(content, str):
-            file.write(content.encode())
-        else:
-            torch.save({"script": SCRIPT, "format": FORMAT} | content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def load_saved(path: Path) -> dict:
-    """The dict that write_atomically wrote. Raises UserError for a missing, broken or foreign file."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give a run of {SCRIPT}.py that has come so far, or a file in one")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = saved["script"], saved["format"]
-    except Exception as error:  # torch.load fails in many ways on bytes that are not its own
-        raise UserError(f"{path} is cut short or not of {SCRIPT}.py: restore it, or start a new run") from error
-    if found != (SCRIPT, FORMAT):
-        raise UserError(f"{path} has format {found[1]} of {found[0]}.py, not {FORMAT} of {SCRIPT}.py: use that version")
-    return saved
+def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
+    """Environments with flat observations. They record the returns of their episodes."""
+    envs = gym.make_vec(args.env_id, num_envs, args.vectorization_mode, render_mode=render_mode)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    if not isinstance(action_space, gym.spaces.Box):
+        raise UserError(f"--env-id {args.env_id} has the action space {action_space}, which is not a Box")
+    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+        raise UserError(f"--env-id {args.env_id} does not reset in the step after the end of an episode")
+    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
+        envs = FlattenObservation(envs)
+    return RecordEpisodeStatistics(envs)
 
 
 class MetricsLog:
-    """metrics.csv and TensorBoard's event file in a run directory: a row per iteration, the same names in both."""
+    """config.json, and a row per iteration in metrics.csv and TensorBoard; a resumed run drops what it repeats."""
 
-    def __init__(self, run_dir: Path, rows: int, global_step: int):
-        """Goes on after the checkpoint's rows and step; later rows, of a run cut short, go. Raises UserError."""
-        self.file = open(run_dir / "metrics.csv", "a+")  # noqa: SIM115 (open as long as the run)
-        self.file.seek(0)
-        kept = list(itertools.islice(self.file, rows + 1 if rows else 0))
-        if len(kept) <= rows and rows:
-            raise UserError(f"{self.file.name} has lost rows of the {rows} up to the checkpoint: restore it")
-        self.file.truncate(len("".join(kept)))
-        self.needs_header = not kept
-        self.events = SummaryWriter(str(run_dir), purge_step=global_step + 1)
+    def __init__(self, run_dir: Path, args: Args, iteration: int, global_step: int):
+        (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        path = run_dir / "metrics.csv"
+        rows = path.read_text().splitlines(keepends=True)[: 1 + iteration] if iteration else []
+        path.write_text("".join(rows))
+        self.csv = open(path, "a", buffering=1)  # noqa: SIM115
+        self.writer = SummaryWriter(str(run_dir), purge_step=global_step + 1)
 
-    def write(self, row: dict[str, float]) -> None:
-        """Appends a row, handed to the operating system at once: a killed process loses none."""
-        if self.needs_header:
-            self.file.write(",".join(row) + "\n")
-            self.needs_header = False
-        self.file.write(",".join(map(repr, row.values())) + "\n")
-        self.file.flush()
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
-        self.events.file_writer.add_summary(Summary(value=values), row["global_step"])
-
-    def sync(self) -> None:
-        """Waits until all rows are on the disk, so that no checkpoint is ahead of them."""
-        self.events.flush()
-        os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        """Closes both files."""
-        self.file.close()
-        self.events.close()
+    def write(self, metrics: dict[str, float]) -> None:
+        """Adds a row, whose step is metrics["global_step"]. A kill after this loses nothing of it."""
+        if self.csv.tell() == 0:
+            print(*metrics, sep=",", file=self.csv)
+        print(*metrics.values(), sep=",", file=self.csv)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, metrics["global_step"])
+        self.writer.flush()
 
 
-def draw_returns(run_dir: Path) -> None:
-    """Draws the training return of metrics.csv over steps as returns.png."""
-    with open(run_dir / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*([float(row[name]) for row in rows] for name in ("global_step", "charts/episodic_return")))
-    axes.set(xlabel="environment steps", ylabel="return (mean of the last 100 episodes)", title=run_dir.name)
-    axes.grid(alpha=0.3)
-    figure.savefig(run_dir / "returns.png")
+def save(path: Path, **content) -> None:
+    """Writes a file for load. A kill leaves the old file or the new one, never half of one."""
+    torch.save(content, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
 
 
-def show_progress(progress: tqdm, done: int, text: str) -> None:
-    """Moves the bar; where stderr is no terminal, prints a line per tenth of the run instead."""
-    done, before = min(done, progress.total), progress.n
-    if not progress.disable:
-        progress.set_postfix_str(text, refresh=False)
-        progress.update(done - before)
-        return
-    progress.n = done
-    if done * 10 // progress.total > before * 10 // progress.total:
-        print(f"{done:,}/{progress.total:,}: {text}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def user_error_in(what: str) -> Iterator[None]:
-    """Turns an error that a library raises about the user's wish into a UserError that begins with what."""
+def load(path: Path, **parts) -> dict:
+    """What save wrote. The parts (networks, optimizer) take on the states that it has for them. Raises UserError."""
     try:
-        yield
-    except Exception as error:  # libraries, environments and files fail in many ways
-        raise UserError(f"{what}: {error}".splitlines()[0]) from error
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(content[name])
+    except Exception as error:  # torch fails in many ways on bytes that are not its own
+        raise UserError(f"{path} is missing or damaged, or of other sizes than these flags ask for") from error
+    return content
 
 
-def parse_flags(default: Args) -> Args:
-    """tyro.cli, with its boxed message about a wrong flag turned into one line. Raises UserError."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, default=default)
-    except SystemExit as stopped:
-        if not stopped.code:  # --help
-            raise
-        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
-        in_text = itertools.dropwhile(lambda line: not re.search(r"\w", line), lines)  # after the frame
-        message = " ".join(itertools.takewhile(re.compile(r"\w").search, in_text))
-        raise UserError(f"{message}; --help shows all flags") from None
+def load_policy(run_dir: str | Path) -> Policy:
+    """The policy that a run saved. Raises UserError."""
+    saved = load(Path(run_dir, "policy.pt"))
+    policy = Policy(**saved["spec"])
+    policy.load_state_dict(saved["weights"])
+    return policy
 
 
-def saved_args(run_dir: str) -> Args:
-    """The flags that continue the run in run_dir: those of its config.json. Raises UserError."""
-    with user_error_in(f"--resume {run_dir} holds no run of this script"):
-        config = json.loads(Path(run_dir, "config.json").read_text())
-        world_size = int(config["world_size"])
-        args = replace(Args(**config["args"]), resume=run_dir, run_dir=run_dir)
-    if world_size != int(os.environ.get("WORLD_SIZE", "1")):
-        raise UserError(f"--resume {run_dir}: the run had {world_size} processes, give it as many")
-    return args
-
-
-def stop(signum: int, frame: object) -> None:
-    """Ctrl-C and SIGTERM end the main process; forked workers, if there are any, end with it, quietly."""
-    if parent_process() is None:
-        raise KeyboardInterrupt
-    if signum == signal.SIGTERM:
-        os._exit(0)
+def evaluate(args: Args, run_dir: Path, video: bool = False) -> dict[str, float]:
+    """Mean returns of the saved policy: of an episode in each of --eval-episodes environments, or of one on video."""
+    num_envs = 1 if video else args.eval_episodes
+    envs = make_envs(args, num_envs, "rgb_array" if video else None)
+    if video:
+        envs = RecordVideo(envs, str(run_dir / "videos"))
+    policy, means = load_policy(run_dir), {}
+    for mode in ("greedy", "sampled"):
+        torch.manual_seed(args.seed)
+        obs, _ = envs.reset(seed=2**31 + 1000 * args.seed)  # other episodes than in training
+        returns, is_running = np.zeros(num_envs), np.ones(num_envs, bool)
+        for _ in range(100_000):  # without a time limit, an episode may never end
+            obs, rewards, terminated, truncated, _ = envs.step(policy.act(obs, greedy=mode == "greedy"))
+            returns += rewards * is_running
+            is_running &= ~(terminated | truncated)
+            if not is_running.any():
+                break
+        means[f"eval_return_{mode}"] = returns.mean()
+        cut = f", {is_running.sum()} of them cut after 100,000 steps" if is_running.any() else ""
+        print(f"{mode} actions: return {returns.mean():.1f} ± {returns.std():.1f} over {num_envs} episodes{cut}")
+    envs.close()
+    return means
 
 
 def main() -> None:
-    """The command line: plays or trains; an error becomes one line and an exit code."""
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    args = None
-    speaks = os.environ.get("RANK", "0") == "0"
-    try:
-        args = parse_flags(Args())
-        if args.resume:
-            if args.run_dir:
-                raise UserError("--run-dir contradicts --resume, which goes on in its own directory: leave it out")
-            args = parse_flags(saved_args(args.resume))
-        args.run_dir = args.resume or args.run_dir or default_run_dir(args)
-        play(args) if args.play else train(args)
-        if "RANK" in os.environ:
-            sys.stdout.flush()
-            os._exit(0)  # gloo's threads can abort Python's own shutdown (pytorch pull request 179291)
-    except UserError as error:
-        if speaks:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        if speaks:
-            print(f"error: {error}; {args.run_dir}/checkpoint.pt is the last good state", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        if speaks and args and not args.play and Path(args.run_dir, "checkpoint.pt").exists():
-            launcher = ["torchrun", "..."] if "RANK" in os.environ else [sys.executable]
-            command = shlex.join([*launcher, sys.argv[0], "--resume", args.run_dir])
-            print(f"stopped; resume with: {command}", file=sys.stderr)
-        sys.exit(130)
+    """Trains and evaluates, or only evaluates, as the flags say. Raises UserError."""
+    args = tyro.cli(Args)
+    if (args.run_dir, args.resume, args.play).count(None) < 2:
+        raise UserError("give only one of --run-dir, --resume and --play")
+    earlier_run = args.resume or args.play
+    if earlier_run:  # its flags, but for those that are given now
+        config = Path(earlier_run, "config.json")
+        try:
+            args = tyro.cli(Args, default=Args(**json.loads(config.read_text())))
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"{config} is missing, damaged or of another script") from error
+
+    lowest = dict.fromkeys(("seed", "gamma", "gae_lambda", "ent_coef", "vf_coef"), 0) | {
+        "num_steps": 2,
+        "log_std_init": -20,
+    }
+    highest = {"gamma": 1, "gae_lambda": 1, "log_std_init": 5, "num_minibatches": args.num_steps * args.num_envs}
+    for name, value in vars(args).items():
+        low, high = lowest.get(name, 1e-9), highest.get(name, 1e12)
+        if type(value) in (int, float) and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range ({low:g} to {high:g})")
+    if "cuda" in args.device and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: PyTorch sees no GPU")
+    if args.capture_video:
+        import moviepy  # noqa: F401 (where it is not there, the error comes before the training)
+    run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(earlier_run or args.run_dir or f"runs/{run_name}")
+    if not earlier_run and (run_dir / "config.json").exists():
+        raise UserError(f"{run_dir} holds a run: give another --run-dir, or --resume it")
+    if args.play:
+        evaluate(args, run_dir)
+    else:
+        summary = train(args, run_dir) | evaluate(args, run_dir)
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print(f"saved in {run_dir}")
+    if args.capture_video:
+        evaluate(args, run_dir, video=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError, FloatingPointError, ModuleNotFoundError, gym.error.Error) as error:
+        sys.exit(f"error: {error}")
