@@ -9,7 +9,6 @@
     python ppo_mlp_continuous.py --env-id Hopper-v5 --run-dir runs/hopper
     python ppo_mlp_continuous.py --play runs/hopper     # returns of the policy that this run saved
     python ppo_mlp_continuous.py --resume runs/hopper   # goes on from the last checkpoint of a run that was stopped
-    tensorboard --logdir runs
 
 PPO repeats these four steps, numbered likewise in `train`:
 1. Rollout: the policy takes T steps in each of N environments.
@@ -26,11 +25,10 @@ PPO" https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/.
 
 Where this differs from CleanRL's ppo_continuous_action.py, apart from its defaults, which are for MuJoCo:
 - An episode that a time limit cuts off (truncated) counts with the value of its last observation, not with 0.
-- gymnasium 1.x spends the step after an episode on the reset, whatever the action: no experience, so it is left out.
+- The step after an episode, which gymnasium 1.x spends on the reset whatever the action, is left out.
 - Values and log-probs before the update come from one pass over the whole rollout, not from a pass per step.
-- The KL stop ends an update before the minibatch that is too far off, not after the epoch.
 - Statistics are over all environments, change once per rollout, not in each step, and are part of the saved policy.
-- The policy's unit of action is half the range between the bounds: at first it explores all of it, wherever it is.
+- Actions are rescaled so that finite bounds are ±1 (`Policy`).
 - Advantages are estimated anew before each pass and not normalised, and the first std is e^-0.5: Tianshou's recipe.
 """
 
@@ -86,7 +84,7 @@ class Args:
     target_kl: float | None = None  # end an update before a minibatch with a larger KL(old || new), in nats
     run_dir: str | None = None  # folder for all that the run leaves; default: runs/<env>__<script>__<seed>__<time>
     resume: str | None = None  # run folder to go on from, with its flags unless given anew; episodes start afresh
-    checkpoint_interval: int = 100  # iterations between checkpoints
+    checkpoint_interval: int = 20  # iterations between checkpoints
     eval_episodes: int = 20  # episodes of the evaluation, with greedy and again with sampled actions
     capture_video: bool = False  # and record an episode of each; needs pip install moviepy; MUJOCO_GL=egl: no screen
     play: str | None = None  # evaluate the policy of this run folder, with its flags unless given anew; train nothing
@@ -225,14 +223,14 @@ def ppo_loss(policy: Policy, critic: nn.Module, batch: Batch, kl_coef: float, ar
     """Loss of a minibatch, and figures about it for the log. kl_coef: beta of eq. 8, for kl-penalty alone."""
     log_probs, entropies = policy.evaluate_actions(batch.obs, batch.actions)  # (B,) each
     log_ratio = log_probs - batch.log_probs
-    ratio = log_ratio.exp()  # of an action's new and old probability
+    ratio = log_ratio.exp()  # new / old probability of the action
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     approx_kl = approximate_kl(log_ratio)
 
     advantages = batch.advantages
     if args.norm_adv and len(advantages) > 1:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    if args.objective == "clip":  # the smaller one: beyond the clip there is nothing to gain, but all to lose
+    if args.objective == "clip":  # the lesser: changes beyond the clip gain nothing, but may cost
         policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
     else:
         policy_loss = -(ratio * advantages).mean() + kl_coef * approx_kl
@@ -256,8 +254,7 @@ def ppo_loss(policy: Policy, critic: nn.Module, batch: Batch, kl_coef: float, ar
 
 
 def train(args: Args, run_dir: Path) -> dict[str, float]:
-    """Trains a policy. Leaves config.json, metrics.csv, TensorBoard events, checkpoint.pt and policy.pt in run_dir.
-    Returns figures for the summary. Raises UserError, and FloatingPointError for what is not finite."""
+    """Trains a policy, and leaves all files but summary.json in run_dir. Raises UserError and FloatingPointError."""
     torch.set_num_threads(1)  # more only slow networks of this size down
     torch.manual_seed(args.seed)
     envs = make_envs(args, args.num_envs)
@@ -271,19 +268,19 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
     obs_moments, return_moments = RunningMoments(obs_dim), RunningMoments()
     learner = {"policy": policy, "critic": critic, "optimizer": optimizer}
     learner |= {"obs_moments": obs_moments, "return_moments": return_moments}
-    returns, lengths = envs.return_queue, envs.length_queue  # of the last 100 episodes
+    episode_returns, episode_lengths = envs.return_queue, envs.length_queue  # of the last 100 episodes
     iteration, global_step, seconds, kl_coef = 0, 0, 0.0, 1.0
     if args.resume:
         checkpoint = load(run_dir / "checkpoint.pt", **learner)
         iteration, global_step, seconds, kl_coef = checkpoint["progress"]
-        returns.extend(checkpoint["queues"][0])
-        lengths.extend(checkpoint["queues"][1])
+        episode_returns.extend(checkpoint["queues"][0])
+        episode_lengths.extend(checkpoint["queues"][1])
     start_time = time.perf_counter() - seconds
 
     def save_run() -> None:
-        save(run_dir / "policy.pt", spec=spec, weights=policy.state_dict())
+        save(run_dir / "policy.pt", spec=spec, policy=policy.state_dict())
         states = {name: part.state_dict() for name, part in learner.items()}
-        queues = [[*map(float, queue)] for queue in (returns, lengths)]
+        queues = [[*map(float, queue)] for queue in (episode_returns, episode_lengths)]
         save(run_dir / "checkpoint.pt", progress=(iteration, global_step, seconds, kl_coef), queues=queues, **states)
 
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -295,13 +292,15 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
     obs = np.zeros((args.num_steps + 1, args.num_envs, obs_dim), np.float32)  # before each step, and after the last
     actions = np.zeros((*shape, policy.low.size), np.float32)  # in the policy's unit
     rewards = np.zeros(shape, np.float32)
-    discounted = np.zeros(shape, np.float32)  # the discounted return of the episode so far
+    discounted = np.zeros(
+        shape, np.float32
+    )  # the discounted return of the episode so far, whose std rewards are divided by
     terminated = np.zeros(shape, bool)
     truncated = np.zeros(shape, bool)
     is_reset = np.zeros(shape, bool)  # the step only reset: its action was ignored
     env_seed, torch_seed = np.random.SeedSequence((args.seed, iteration)).generate_state(2).tolist()
-    torch.manual_seed(torch_seed)
-    next_obs, _ = envs.reset(seed=env_seed)  # far from other seeds' env_seed: environment n gets env_seed + n
+    torch.manual_seed(torch_seed)  # other noise and episodes for each --seed, and after each resume
+    next_obs, _ = envs.reset(seed=env_seed)  # environment n gets env_seed + n
     next_is_reset = np.zeros(args.num_envs, bool)
 
     while global_step < args.total_timesteps:
@@ -340,7 +339,7 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
             advantages=advantages[keep],
             returns=(advantages + values)[keep],
         )
-        explained_variance = 1 - (batch.advantages.var() / batch.returns.var()).item()
+        explained_variance = 1 - (batch.advantages.var() / batch.returns.var()).item()  # advantages are the errors
 
         # 3. Update: a step of the optimizer for each minibatch.
         learning_rate = args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
@@ -375,11 +374,11 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
         # 4. Metrics, of which those of ppo_loss are means over the minibatches.
         iteration, global_step = iteration + 1, global_step + len(batch.obs)
         seconds = time.perf_counter() - start_time
-        mean_return = np.mean(returns) if returns else math.nan
+        mean_return = np.mean(episode_returns) if episode_returns else math.nan
         metrics = {
             "global_step": global_step,
             "charts/episodic_return": mean_return,
-            "charts/episodic_length": np.mean(lengths) if lengths else math.nan,
+            "charts/episodic_length": np.mean(episode_lengths) if episode_lengths else math.nan,
             "charts/SPS": global_step / seconds,
             "charts/learning_rate": learning_rate,
             "losses/explained_variance": explained_variance,
@@ -399,7 +398,8 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
     save_run()
     for closable in (envs, log.csv, log.writer, bar):
         closable.close()
-    return {"global_step": global_step, "seconds": seconds} | ({"train_return": np.mean(returns)} if returns else {})
+    summary = {"global_step": global_step, "seconds": seconds}
+    return summary | ({"train_return": np.mean(episode_returns)} if episode_returns else {})
 
 
 # -------------------------------------------------------------------------------- environments, files and evaluation
@@ -409,9 +409,9 @@ class UserError(Exception):
     """A mistake in what the user gave. It ends the program with one line."""
 
 
-def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
+def make_envs(args: Args, num_envs: int, **options) -> gym.vector.VectorEnv:
     """Environments with flat observations. They record the returns of their episodes."""
-    envs = gym.make_vec(args.env_id, num_envs, args.vectorization_mode, render_mode=render_mode)
+    envs = gym.make_vec(args.env_id, num_envs, args.vectorization_mode, **options)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     if not isinstance(action_space, gym.spaces.Box):
         raise UserError(f"--env-id {args.env_id} has the action space {action_space}, which is not a Box")
@@ -462,32 +462,32 @@ def load(path: Path, **parts) -> dict:
 
 def load_policy(run_dir: str | Path) -> Policy:
     """The policy that a run saved. Raises UserError."""
-    saved = load(Path(run_dir, "policy.pt"))
-    policy = Policy(**saved["spec"])
-    policy.load_state_dict(saved["weights"])
+    path = Path(run_dir, "policy.pt")
+    policy = Policy(**load(path)["spec"])
+    load(path, policy=policy)
     return policy
 
 
 def evaluate(args: Args, run_dir: Path, video: bool = False) -> dict[str, float]:
     """Mean returns of the saved policy: of an episode in each of --eval-episodes environments, or of one on video."""
     num_envs = 1 if video else args.eval_episodes
-    envs = make_envs(args, num_envs, "rgb_array" if video else None)
+    envs = make_envs(args, num_envs, **({"render_mode": "rgb_array"} if video else {}))
     if video:
         envs = RecordVideo(envs, str(run_dir / "videos"))
     policy, means = load_policy(run_dir), {}
     for mode in ("greedy", "sampled"):
         torch.manual_seed(args.seed)
         obs, _ = envs.reset(seed=2**31 + 1000 * args.seed)  # other episodes than in training
-        returns, is_running = np.zeros(num_envs), np.ones(num_envs, bool)
+        totals, is_running = np.zeros(num_envs), np.ones(num_envs, bool)
         for _ in range(100_000):  # without a time limit, an episode may never end
             obs, rewards, terminated, truncated, _ = envs.step(policy.act(obs, greedy=mode == "greedy"))
-            returns += rewards * is_running
+            totals += rewards * is_running
             is_running &= ~(terminated | truncated)
             if not is_running.any():
                 break
-        means[f"eval_return_{mode}"] = returns.mean()
-        cut = f", {is_running.sum()} of them cut after 100,000 steps" if is_running.any() else ""
-        print(f"{mode} actions: return {returns.mean():.1f} ± {returns.std():.1f} over {num_envs} episodes{cut}")
+        means[f"eval_return_{mode}"] = totals.mean()
+        unfinished = f", {is_running.sum()} of them unfinished" if is_running.any() else ""
+        print(f"{mode} actions: return {totals.mean():.1f} ± {totals.std():.1f} over {num_envs} episodes{unfinished}")
     envs.close()
     return means
 
@@ -505,15 +505,15 @@ def main() -> None:
         except (OSError, TypeError, ValueError) as error:
             raise UserError(f"{config} is missing, damaged or of another script") from error
 
-    lowest = dict.fromkeys(("seed", "gamma", "gae_lambda", "ent_coef", "vf_coef"), 0) | {
-        "num_steps": 2,
-        "log_std_init": -20,
-    }
-    highest = {"gamma": 1, "gae_lambda": 1, "log_std_init": 5, "num_minibatches": args.num_steps * args.num_envs}
-    for name, value in vars(args).items():
-        low, high = lowest.get(name, 1e-9), highest.get(name, 1e12)
-        if type(value) in (int, float) and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value} is out of range ({low:g} to {high:g})")
+    above_0 = "num_envs total_timesteps learning_rate update_epochs num_minibatches clip_coef kl_penalty_target"
+    above_0 += " max_grad_norm target_kl checkpoint_interval eval_episodes"
+    for name in above_0.split():
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0 and finite")
+    if args.num_steps < 2 or not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):  # one step may only reset
+        raise UserError("--num-steps must be above 1, --gamma and --gae-lambda between 0 and 1")
+    if args.num_minibatches > args.num_steps * args.num_envs or args.seed < 0:
+        raise UserError("--num-minibatches must be at most --num-steps times --num-envs, and --seed at least 0")
     if "cuda" in args.device and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: PyTorch sees no GPU")
     if args.capture_video:

@@ -4,7 +4,7 @@ import copy
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiDiscrete, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Tuple
 
 
 class Probe(gym.Env):
@@ -90,35 +90,40 @@ class Memory(Coloured):
 
 
 class Locks(Probe):
-    """Three locks of different size, the first with actions from 2: half a reward for each of the outer two that opens,
-    depending on the scene. Catches mixed-up components of MultiDiscrete actions."""
+    """A lock that opens by what a Dict shows: reward 1 for the level, or for 9 where all is black. Catches observations
+    whose parts are mixed up."""
 
     observation_space = Dict(level=Discrete(3, start=4), colour=Box(0, 255, (2, 2), np.uint8))
-    action_space = MultiDiscrete([3, 2, 4], start=[2, 0, -1], dtype=np.int32)
+    action_space = Discrete(4, start=6)
 
     def scene(self):
-        """A level, and black or white."""
+        """A level, and black or not."""
         level = 4 + int(self.np_random.integers(3))
         return {"level": level, "colour": np.full((2, 2), self.np_random.choice([0, 3]), np.uint8)}
 
     def reward(self, scene, action):
-        """The first lock opens by the level, the last by the colour."""
-        return 0.5 * (action[0] == scene["level"] - 2) + 0.5 * (action[2] == (2 if scene["colour"][0, 0] else -1))
+        """1 for the right one of 6, 7, 8 and 9."""
+        return float(action == (scene["level"] + 2 if scene["colour"][0, 0] else 9))
 
 
 class Grid(Locks):
-    """The same kind of task with a Tuple observation and actions in a 2 x 2 table."""
+    """The same kind of task with a Tuple observation."""
 
-    observation_space = Tuple((Discrete(2), Box(0, 1, (3,), np.float64)))
-    action_space = MultiDiscrete([[2, 2], [2, 2]])
+    observation_space = Tuple((MultiBinary(2), Box(0, 1, (3,), np.float64)))
 
     def scene(self):
-        """A bit and noise."""
-        return int(self.np_random.integers(2)), self.np_random.random(3)
+        """Two bits and noise."""
+        return self.np_random.integers(2, size=2, dtype=np.int8), self.np_random.random(3)
 
     def reward(self, scene, action):
-        """All four cells show the bit."""
-        return float(np.mean(action == scene[0]))
+        """1 for the number that the bits make."""
+        return float(action == 6 + 2 * scene[0][0] + scene[0][1])
+
+
+class Many(Probe):
+    """Actions of several components."""
+
+    action_space = MultiDiscrete([3, 2])
 
 
 class Numbered(Probe):
@@ -154,7 +159,7 @@ class Forever(Endless):
     """The same without a time limit."""
 
 
-class BrokenLater(Endless):
+class BrokenLaterDiscrete(Endless):
     """The reward becomes NaN after 150 steps in one environment."""
 
     lived = 0
@@ -261,7 +266,7 @@ class EndlessBox(Endless):
     action_space = Box(-1, 1, (1,))
 
 
-class BlindLater(EndlessBox):
+class BlindLaterDiscrete(Endless):
     """The observation becomes NaN after 150 steps in one environment."""
 
     lived = 0
@@ -273,8 +278,14 @@ class BlindLater(EndlessBox):
         return np.full(1, np.nan if self.lived > 150 else 0, np.float32), 1.0, False, False, {}
 
 
-class BrokenLaterBox(BrokenLater):
-    """BrokenLater with Box actions."""
+class BlindLater(BlindLaterDiscrete):
+    """The same with Box actions."""
+
+    action_space = Box(-1, 1, (1,))
+
+
+class BrokenLaterBox(BrokenLaterDiscrete):
+    """The same with Box actions."""
 
     action_space = Box(-1, 1, (1,))
 
@@ -285,7 +296,7 @@ def same_step(num_envs, **kwargs):
     return gym.vector.SyncVectorEnv([Constant] * num_envs, autoreset_mode=mode)
 
 
-LIMITS = {Endless: 5, BrokenLater: 5, EndlessBox: 5, BlindLater: 5, BrokenLaterBox: 5}
+LIMITS = dict.fromkeys((Endless, EndlessBox, BrokenLaterDiscrete, BrokenLaterBox, BlindLaterDiscrete, BlindLater), 5)
 for probe in [thing for thing in globals().values() if isinstance(thing, type) and issubclass(thing, Probe)]:
     gym.register(f"{probe.__name__}-v0", entry_point=probe, max_episode_steps=LIMITS.get(probe))
 gym.register("SameStep-v0", entry_point=Constant, vector_entry_point=same_step)

@@ -885,7 +885,7 @@ def test_two_ranks(tmp_path):
     ("wrong", "named"),
     [
         (["--env-id", "NoSuchThing-v3"], "--env-id"),
-        (["--env-id", "probe_envs:Locks-v0"], "ppo_mlp_discrete.py"),
+        (["--env-id", "probe_envs:Many-v0"], "--env-id probe_envs:Many-v0"),
         (["--env-id", "probe_envs:Shapeless-v0"], "--env-id probe_envs:Shapeless-v0"),
         (["--observe", "0", "4"], "--observe 0 4: CartPole-v1 has components 0 to 3"),
         (["--observe", "-1"], "--observe"),
