@@ -16,8 +16,8 @@ PPO repeats these four steps, numbered likewise in `train`:
 3. Update: in several passes over these steps, good actions become likelier and bad ones less likely; beyond a factor of
    1 ± epsilon there is nothing to gain (`ppo_loss`). The critic learns what to expect. Then the data is thrown away.
 4. Metrics, and now and then a checkpoint.
-In between, observations and rewards are scaled by running statistics (`RunningMoments`).
-To change the networks edit `mlp`, the loss `ppo_loss`, the environments `make_envs`. The rest is flags and files.
+Observations and rewards are scaled by running statistics (`RunningMoments`).
+To change the networks edit `mlp` (flat input), the loss `ppo_loss`, the environments `make_envs`. The rest is files.
 
 Shapes: T steps, N environments, B rows of a batch or minibatch, D numbers in an observation, C in an action.
 Sources: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438, "The 37 Implementation Details of
@@ -26,9 +26,7 @@ PPO" https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/.
 Where this differs from CleanRL's ppo_continuous_action.py, apart from its defaults, which are for MuJoCo:
 - An episode that a time limit cuts off (truncated) counts with the value of its last observation, not with 0.
 - The step after an episode, which gymnasium 1.x spends on the reset whatever the action, is left out.
-- Values and log-probs before the update come from one pass over the whole rollout, not from a pass per step.
 - Statistics are over all environments, change once per rollout, not in each step, and are part of the saved policy.
-- Actions are rescaled so that finite bounds are ±1 (`Policy`).
 - Advantages are estimated anew before each pass and not normalised, and the first std is e^-0.5: Tianshou's recipe.
 """
 
@@ -37,7 +35,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -72,11 +70,11 @@ class Args:
     norm_obs: bool = True  # normalise observations by their running mean and std, and clip them to ±10
     norm_reward: bool = True  # divide rewards by the running std of the discounted return, and clip them to ±10
     log_std_init: float = -0.5  # log of the first std; a std of 1 is half the range between an action's bounds
-    recompute_advantages: bool = True  # before each pass, with the critic of then; Andrychowicz et al. (2021), 3.5
+    recompute_advantages: bool = True  # before each pass, with the critic of then; arXiv:2006.05990, section 3.5
     norm_adv: bool = False  # normalise advantages within each minibatch
     objective: Literal["clip", "kl-penalty"] = "clip"  # the PPO paper's eq. 7, or its alternative, eq. 8
     clip_coef: float = 0.2  # epsilon of the clipped objective, and of the clipped value loss
-    clip_vloss: bool = False  # clip the value loss; Andrychowicz et al. (2021) found that it hurts
+    clip_vloss: bool = False  # clip the value loss; arXiv:2006.05990 found that it hurts
     kl_penalty_target: float = 0.01  # KL(old || new) after an update, in nats, that kl-penalty aims at
     ent_coef: float = 0.0  # coefficient of the entropy bonus
     vf_coef: float = 0.25  # coefficient of the value loss
@@ -86,7 +84,9 @@ class Args:
     resume: str | None = None  # run folder to go on from, with its flags unless given anew; episodes start afresh
     checkpoint_interval: int = 20  # iterations between checkpoints
     eval_episodes: int = 20  # episodes of the evaluation, with greedy and again with sampled actions
-    capture_video: bool = False  # and record an episode of each; needs pip install moviepy; MUJOCO_GL=egl: no screen
+    capture_video: bool = (
+        False  # film a greedy and a sampled episode; needs pip install moviepy; MUJOCO_GL=egl without a screen
+    )
     play: str | None = None  # evaluate the policy of this run folder, with its flags unless given anew; train nothing
     device: str = "cpu"  # for networks this small a CPU is faster than a GPU
 
@@ -96,11 +96,11 @@ class Args:
 
 def mlp(inputs: int, outputs: int, output_gain: float) -> nn.Sequential:
     """Two tanh layers of 64 units and a linear one, with orthogonal weights and zero biases (37 details, no. 2)."""
-    network = nn.Sequential(nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs))
-    for layer in network[::2]:
-        nn.init.orthogonal_(layer.weight, output_gain if layer is network[-1] else math.sqrt(2))
+    layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
+    for layer, gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), output_gain)):
+        nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
-    return network
+    return nn.Sequential(*layers)
 
 
 class Policy(nn.Module):
@@ -180,11 +180,10 @@ def compute_gae(
     """Generalised advantage estimates (T, N) (GAE paper, eq. 16).
 
     rewards, terminated, truncated: (T, N), what came of each step. values: (T + 1, N), of the observations before each
-    step and after the last. An episode's last observation counts with its value if truncated, and with 0 if terminated.
-    """
+    step and after the last. An episode's last observation counts with its value if truncated, with 0 if terminated."""
     # TD errors. values[t + 1] is of where step t led, at an episode's end too: the reset comes a step later.
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    continues = ~(terminated | truncated)  # if not, nothing flows back from the next step, which only resets
+    continues = ~(terminated | truncated)  # if not, nothing flows back from the step that resets, which `train` drops
     advantages, advantage = np.zeros_like(rewards), 0.0
     for t in reversed(range(len(rewards))):
         advantage = deltas[t] + gamma * gae_lambda * continues[t] * advantage
@@ -288,19 +287,17 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
     log = MetricsLog(run_dir, args, iteration, global_step)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step")
 
-    shape = (args.num_steps, args.num_envs)  # T, N
+    shape = (args.num_steps, args.num_envs)  # T, N of what is stored of a rollout
     obs = np.zeros((args.num_steps + 1, args.num_envs, obs_dim), np.float32)  # before each step, and after the last
     actions = np.zeros((*shape, policy.low.size), np.float32)  # in the policy's unit
     rewards = np.zeros(shape, np.float32)
-    discounted = np.zeros(
-        shape, np.float32
-    )  # the discounted return of the episode so far, whose std rewards are divided by
+    discounted = np.zeros(shape, np.float32)  # sum of past rewards; its std scales rewards
     terminated = np.zeros(shape, bool)
     truncated = np.zeros(shape, bool)
     is_reset = np.zeros(shape, bool)  # the step only reset: its action was ignored
     env_seed, torch_seed = np.random.SeedSequence((args.seed, iteration)).generate_state(2).tolist()
     torch.manual_seed(torch_seed)  # other noise and episodes for each --seed, and after each resume
-    next_obs, _ = envs.reset(seed=env_seed)  # environment n gets env_seed + n
+    next_obs, _ = envs.reset(seed=env_seed // 2)  # plus n for environment n; evaluation has larger seeds
     next_is_reset = np.zeros(args.num_envs, bool)
 
     while global_step < args.total_timesteps:
@@ -311,6 +308,8 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
         policy.obs_mean.copy_(obs_moments.mean)
         policy.obs_std.copy_((obs_moments.var + 1e-8).sqrt())
         for t in range(args.num_steps):
+            if not np.isfinite(next_obs).all():
+                raise FloatingPointError(f"an observation of iteration {iteration + 1} is not finite")
             obs[t], is_reset[t] = next_obs, next_is_reset
             actions[t] = policy.choose(next_obs)
             next_obs, rewards[t], terminated[t], truncated[t], _ = envs.step(policy.to_env(actions[t]))
@@ -323,16 +322,16 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
 
         # 2. Advantages, from the values of all observations.
         scaled_rewards = rewards
-        if args.norm_reward:
+        if args.norm_reward:  # by statistics that count this rollout in
             scaled_rewards = (rewards / math.sqrt(return_moments.var + 1e-8)).clip(-10, 10)
-        all_obs = policy.normalize(obs)  # (T + 1, N, D)
+        normed_obs = policy.normalize(obs)  # (T + 1, N, D)
         all_actions = torch.from_numpy(actions).to(args.device)  # (T, N, C)
-        values, advantages = estimate(critic, all_obs, scaled_rewards, terminated, truncated, args)  # (T, N) each
+        values, advantages = estimate(critic, normed_obs, scaled_rewards, terminated, truncated, args)  # (T, N) each
         with torch.no_grad():
-            log_probs, _ = policy.evaluate_actions(all_obs[:-1], all_actions)  # (T, N)
+            log_probs, _ = policy.evaluate_actions(normed_obs[:-1], all_actions)  # (T, N)
         keep = torch.from_numpy(~is_reset).to(args.device)  # (T, N); indexing with it makes (B, ...) of (T, N, ...)
         batch = Batch(
-            obs=all_obs[:-1][keep],
+            obs=normed_obs[:-1][keep],
             actions=all_actions[keep],
             log_probs=log_probs[keep],
             values=values[keep],
@@ -347,7 +346,7 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
         history, is_too_far = [], False
         for epoch in range(args.update_epochs):
             if epoch > 0 and args.recompute_advantages:
-                values, advantages = estimate(critic, all_obs, scaled_rewards, terminated, truncated, args)
+                values, advantages = estimate(critic, normed_obs, scaled_rewards, terminated, truncated, args)
                 batch = batch._replace(advantages=advantages[keep], returns=(advantages + values)[keep])
             for rows in torch.randperm(len(batch.obs)).chunk(args.num_minibatches):
                 minibatch = Batch(*(column[rows] for column in batch))
@@ -387,8 +386,8 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
         }
         for name in history[0]:
             metrics[f"losses/{name}"] = torch.stack([figures[name] for figures in history]).mean().item()
-        if not math.isfinite(metrics["losses/grad_norm"] + obs_moments.mean.sum()):
-            raise FloatingPointError(f"iteration {iteration}: an observation, a reward or the loss is not finite")
+        if not math.isfinite(metrics["losses/grad_norm"]):
+            raise FloatingPointError(f"iteration {iteration}: a reward or the loss is not finite")
         log.write(metrics)
         bar.update(len(batch.obs))
         bar.set_postfix_str(f"return {mean_return:.1f}")
@@ -426,12 +425,12 @@ class MetricsLog:
     """config.json, and a row per iteration in metrics.csv and TensorBoard; a resumed run drops what it repeats."""
 
     def __init__(self, run_dir: Path, args: Args, iteration: int, global_step: int):
-        (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        (run_dir / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n")
         path = run_dir / "metrics.csv"
         rows = path.read_text().splitlines(keepends=True)[: 1 + iteration] if iteration else []
         path.write_text("".join(rows))
         self.csv = open(path, "a", buffering=1)  # noqa: SIM115
-        self.writer = SummaryWriter(str(run_dir), purge_step=global_step + 1)
+        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
 
     def write(self, metrics: dict[str, float]) -> None:
         """Adds a row, whose step is metrics["global_step"]. A kill after this loses nothing of it."""
@@ -456,7 +455,7 @@ def load(path: Path, **parts) -> dict:
         for name, part in parts.items():
             part.load_state_dict(content[name])
     except Exception as error:  # torch fails in many ways on bytes that are not its own
-        raise UserError(f"{path} is missing or damaged, or of other sizes than these flags ask for") from error
+        raise UserError(f"{path} is missing, damaged or of other sizes than the flags say: {error}") from error
     return content
 
 
@@ -470,15 +469,15 @@ def load_policy(run_dir: str | Path) -> Policy:
 
 def evaluate(args: Args, run_dir: Path, video: bool = False) -> dict[str, float]:
     """Mean returns of the saved policy: of an episode in each of --eval-episodes environments, or of one on video."""
-    num_envs = 1 if video else args.eval_episodes
-    envs = make_envs(args, num_envs, **({"render_mode": "rgb_array"} if video else {}))
     if video:
-        envs = RecordVideo(envs, str(run_dir / "videos"))
-    policy, means = load_policy(run_dir), {}
+        envs = RecordVideo(make_envs(args, 1, render_mode="rgb_array"), run_dir / "videos")
+    else:
+        envs = make_envs(args, args.eval_episodes)
+    policy, means = load_policy(run_dir).to(args.device), {}
     for mode in ("greedy", "sampled"):
         torch.manual_seed(args.seed)
-        obs, _ = envs.reset(seed=2**31 + 1000 * args.seed)  # other episodes than in training
-        totals, is_running = np.zeros(num_envs), np.ones(num_envs, bool)
+        obs, _ = envs.reset(seed=2**31 + 1000 * args.seed)
+        totals, is_running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
         for _ in range(100_000):  # without a time limit, an episode may never end
             obs, rewards, terminated, truncated, _ = envs.step(policy.act(obs, greedy=mode == "greedy"))
             totals += rewards * is_running
@@ -487,7 +486,9 @@ def evaluate(args: Args, run_dir: Path, video: bool = False) -> dict[str, float]
                 break
         means[f"eval_return_{mode}"] = totals.mean()
         unfinished = f", {is_running.sum()} of them unfinished" if is_running.any() else ""
-        print(f"{mode} actions: return {totals.mean():.1f} ± {totals.std():.1f} over {num_envs} episodes{unfinished}")
+        print(
+            f"{mode} actions: return {totals.mean():.1f} ± {totals.std():.1f} over {len(totals)} episodes{unfinished}"
+        )
     envs.close()
     return means
 
@@ -503,7 +504,7 @@ def main() -> None:
         try:
             args = tyro.cli(Args, default=Args(**json.loads(config.read_text())))
         except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{config} is missing, damaged or of another script") from error
+            raise UserError(f"{config} is missing, damaged or of another script: {error}") from error
 
     above_0 = "num_envs total_timesteps learning_rate update_epochs num_minibatches clip_coef kl_penalty_target"
     above_0 += " max_grad_norm target_kl checkpoint_interval eval_episodes"
@@ -536,4 +537,4 @@ if __name__ == "__main__":
     try:
         main()
     except (UserError, OSError, FloatingPointError, ModuleNotFoundError, gym.error.Error) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")

@@ -16,7 +16,7 @@ PPO repeats these four steps, numbered likewise in `train`:
 3. Update: in several passes over these steps, good actions become likelier and bad ones less likely; beyond a factor of
    1 ± epsilon there is nothing to gain (`ppo_loss`). The critic learns what to expect. Then the data is thrown away.
 4. Metrics, and now and then a checkpoint.
-To change the networks edit `mlp`, the loss `ppo_loss`, the environments `make_envs`. The rest is flags and files.
+To change the networks edit `mlp` (flat input), the loss `ppo_loss`, the environments `make_envs`. The rest is files.
 
 Shapes: T steps, N environments, B rows of a batch or minibatch, D numbers in an observation, A actions.
 Sources: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438, "The 37 Implementation Details of
@@ -25,7 +25,6 @@ PPO" https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/.
 Where this differs from CleanRL's ppo.py, apart from its defaults, which are for CartPole-v1:
 - An episode that a time limit cuts off (truncated) counts with the value of its last observation, not with 0.
 - The step after an episode, which gymnasium 1.x spends on the reset whatever the action, is left out.
-- Values and log-probs before the update come from one pass over the whole rollout, not from a pass per step.
 """
 
 import json
@@ -34,7 +33,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -68,7 +67,7 @@ class Args:
     norm_adv: bool = True  # normalise advantages within each minibatch
     objective: Literal["clip", "kl-penalty"] = "clip"  # the PPO paper's eq. 7, or its alternative, eq. 8
     clip_coef: float = 0.2  # epsilon of the clipped objective, and of the clipped value loss
-    clip_vloss: bool = False  # clip the value loss; Andrychowicz et al. (2021) found that it hurts
+    clip_vloss: bool = False  # clip the value loss; arXiv:2006.05990 found that it hurts
     kl_penalty_target: float = 0.01  # KL(old || new) after an update, in nats, that kl-penalty aims at
     ent_coef: float = 0.0  # coefficient of the entropy bonus
     vf_coef: float = 0.5  # coefficient of the value loss
@@ -78,7 +77,7 @@ class Args:
     resume: str | None = None  # run folder to go on from, with its flags unless given anew; episodes start afresh
     checkpoint_interval: int = 20  # iterations between checkpoints
     eval_episodes: int = 20  # episodes of the evaluation, with greedy and again with sampled actions
-    capture_video: bool = False  # and record an episode of each; needs pip install moviepy "gymnasium[classic-control]"
+    capture_video: bool = False  # film a greedy and a sampled episode; needs moviepy, and pygame for classic control
     play: str | None = None  # evaluate the policy of this run folder, with its flags unless given anew; train nothing
     device: str = "cpu"  # for networks this small a CPU is faster than a GPU
 
@@ -88,11 +87,11 @@ class Args:
 
 def mlp(inputs: int, outputs: int, output_gain: float) -> nn.Sequential:
     """Two tanh layers of 64 units and a linear one, with orthogonal weights and zero biases (37 details, no. 2)."""
-    network = nn.Sequential(nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs))
-    for layer in network[::2]:
-        nn.init.orthogonal_(layer.weight, output_gain if layer is network[-1] else math.sqrt(2))
+    layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
+    for layer, gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), output_gain)):
+        nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
-    return network
+    return nn.Sequential(*layers)
 
 
 class Policy(nn.Module):
@@ -126,11 +125,10 @@ def compute_gae(
     """Generalised advantage estimates (T, N) (GAE paper, eq. 16).
 
     rewards, terminated, truncated: (T, N), what came of each step. values: (T + 1, N), of the observations before each
-    step and after the last. An episode's last observation counts with its value if truncated, and with 0 if terminated.
-    """
+    step and after the last. An episode's last observation counts with its value if truncated, with 0 if terminated."""
     # TD errors. values[t + 1] is of where step t led, at an episode's end too: the reset comes a step later.
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    continues = ~(terminated | truncated)  # if not, nothing flows back from the next step, which only resets
+    continues = ~(terminated | truncated)  # if not, nothing flows back from the step that resets, which `train` drops
     advantages, advantage = np.zeros_like(rewards), 0.0
     for t in reversed(range(len(rewards))):
         advantage = deltas[t] + gamma * gae_lambda * continues[t] * advantage
@@ -227,7 +225,7 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
     log = MetricsLog(run_dir, args, iteration, global_step)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step")
 
-    shape = (args.num_steps, args.num_envs)  # T, N
+    shape = (args.num_steps, args.num_envs)  # T, N of what is stored of a rollout
     obs = np.zeros((args.num_steps + 1, args.num_envs, obs_dim), np.float32)  # before each step, and after the last
     actions = np.zeros(shape, np.int64)
     rewards = np.zeros(shape, np.float32)
@@ -236,7 +234,7 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
     is_reset = np.zeros(shape, bool)  # the step only reset: its action was ignored
     env_seed, torch_seed = np.random.SeedSequence((args.seed, iteration)).generate_state(2).tolist()
     torch.manual_seed(torch_seed)  # other noise and episodes for each --seed, and after each resume
-    next_obs, _ = envs.reset(seed=env_seed)  # environment n gets env_seed + n
+    next_obs, _ = envs.reset(seed=env_seed // 2)  # plus n for environment n; evaluation has larger seeds
     next_is_reset = np.zeros(args.num_envs, bool)
 
     while global_step < args.total_timesteps:
@@ -347,12 +345,12 @@ class MetricsLog:
     """config.json, and a row per iteration in metrics.csv and TensorBoard; a resumed run drops what it repeats."""
 
     def __init__(self, run_dir: Path, args: Args, iteration: int, global_step: int):
-        (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        (run_dir / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n")
         path = run_dir / "metrics.csv"
         rows = path.read_text().splitlines(keepends=True)[: 1 + iteration] if iteration else []
         path.write_text("".join(rows))
         self.csv = open(path, "a", buffering=1)  # noqa: SIM115
-        self.writer = SummaryWriter(str(run_dir), purge_step=global_step + 1)
+        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
 
     def write(self, metrics: dict[str, float]) -> None:
         """Adds a row, whose step is metrics["global_step"]. A kill after this loses nothing of it."""
@@ -377,7 +375,7 @@ def load(path: Path, **parts) -> dict:
         for name, part in parts.items():
             part.load_state_dict(content[name])
     except Exception as error:  # torch fails in many ways on bytes that are not its own
-        raise UserError(f"{path} is missing or damaged, or of other sizes than these flags ask for") from error
+        raise UserError(f"{path} is missing, damaged or of other sizes than the flags say: {error}") from error
     return content
 
 
@@ -391,15 +389,15 @@ def load_policy(run_dir: str | Path) -> Policy:
 
 def evaluate(args: Args, run_dir: Path, video: bool = False) -> dict[str, float]:
     """Mean returns of the saved policy: of an episode in each of --eval-episodes environments, or of one on video."""
-    num_envs = 1 if video else args.eval_episodes
-    envs = make_envs(args, num_envs, **({"render_mode": "rgb_array"} if video else {}))
     if video:
-        envs = RecordVideo(envs, str(run_dir / "videos"))
-    policy, means = load_policy(run_dir), {}
+        envs = RecordVideo(make_envs(args, 1, render_mode="rgb_array"), run_dir / "videos")
+    else:
+        envs = make_envs(args, args.eval_episodes)
+    policy, means = load_policy(run_dir).to(args.device), {}
     for mode in ("greedy", "sampled"):
         torch.manual_seed(args.seed)
-        obs, _ = envs.reset(seed=2**31 + 1000 * args.seed)  # other episodes than in training
-        totals, is_running = np.zeros(num_envs), np.ones(num_envs, bool)
+        obs, _ = envs.reset(seed=2**31 + 1000 * args.seed)
+        totals, is_running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
         for _ in range(100_000):  # without a time limit, an episode may never end
             obs, rewards, terminated, truncated, _ = envs.step(policy.act(obs, greedy=mode == "greedy"))
             totals += rewards * is_running
@@ -408,7 +406,9 @@ def evaluate(args: Args, run_dir: Path, video: bool = False) -> dict[str, float]
                 break
         means[f"eval_return_{mode}"] = totals.mean()
         unfinished = f", {is_running.sum()} of them unfinished" if is_running.any() else ""
-        print(f"{mode} actions: return {totals.mean():.1f} ± {totals.std():.1f} over {num_envs} episodes{unfinished}")
+        print(
+            f"{mode} actions: return {totals.mean():.1f} ± {totals.std():.1f} over {len(totals)} episodes{unfinished}"
+        )
     envs.close()
     return means
 
@@ -424,7 +424,7 @@ def main() -> None:
         try:
             args = tyro.cli(Args, default=Args(**json.loads(config.read_text())))
         except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{config} is missing, damaged or of another script") from error
+            raise UserError(f"{config} is missing, damaged or of another script: {error}") from error
 
     above_0 = "num_envs total_timesteps learning_rate update_epochs num_minibatches clip_coef kl_penalty_target"
     above_0 += " max_grad_norm target_kl checkpoint_interval eval_episodes"
@@ -457,4 +457,4 @@ if __name__ == "__main__":
     try:
         main()
     except (UserError, OSError, FloatingPointError, ModuleNotFoundError, gym.error.Error) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
