@@ -26,8 +26,8 @@ PPO" https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/.
 Where this differs from CleanRL's ppo_continuous_action.py, apart from its defaults, which are for MuJoCo:
 - An episode that a time limit cuts off (truncated) counts with the value of its last observation, not with 0.
 - The step after an episode, which gymnasium 1.x spends on the reset whatever the action, is left out.
-- Statistics are over all environments, change once per rollout, not in each step, and are part of the saved policy.
-- Advantages are estimated anew before each pass and not normalised, and the first std is e^-0.5: Tianshou's recipe.
+- Statistics are over all environments, change once per rollout, not in each step, and are saved with the policy.
+- Actions are in half-ranges (`Policy`), the first std is e^-0.5, advantages are estimated anew before each pass.
 """
 
 import json
@@ -126,18 +126,20 @@ class Policy(nn.Module):
         obs = torch.from_numpy(obs).to(self.log_std)  # its dtype, on its device
         return ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10) if self.norm_obs else obs
 
+    def distribution(self, obs: Tensor) -> Normal:
+        """Distributions of actions (..., C) for normalised observations (..., D)."""
+        return Normal(self.actor(obs), self.log_std.exp(), validate_args=False)
+
     def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Log-densities (...) of actions (..., C) for normalised observations (..., D), and entropies (...)."""
-        distribution = Normal(self.actor(obs), self.log_std.exp(), validate_args=False)
+        distribution = self.distribution(obs)
         return distribution.log_prob(actions).sum(-1), distribution.entropy().sum(-1)
 
     @torch.no_grad()
     def choose(self, obs: ndarray, greedy: bool = False) -> ndarray:
         """Actions (..., C) in the policy's unit, for observations (..., D): the means, or samples."""
-        actions = self.actor(self.normalize(obs))
-        if not greedy:
-            actions = actions + self.log_std.exp() * torch.randn_like(actions)
-        return actions.numpy(force=True)
+        distribution = self.distribution(self.normalize(obs))
+        return (distribution.mean if greedy else distribution.sample()).numpy(force=True)
 
     def to_env(self, actions: ndarray) -> ndarray:
         """What the environment takes for actions (N, C) in the policy's unit: in its unit, shape and dtype, clipped."""
@@ -183,7 +185,7 @@ def compute_gae(
     step and after the last. An episode's last observation counts with its value if truncated, with 0 if terminated."""
     # TD errors. values[t + 1] is of where step t led, at an episode's end too: the reset comes a step later.
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    continues = ~(terminated | truncated)  # if not, nothing flows back from the step that resets, which `train` drops
+    continues = ~(terminated | truncated)  # an episode's end takes nothing from step t + 1, which only resets
     advantages, advantage = np.zeros_like(rewards), 0.0
     for t in reversed(range(len(rewards))):
         advantage = deltas[t] + gamma * gae_lambda * continues[t] * advantage
@@ -291,7 +293,7 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
     obs = np.zeros((args.num_steps + 1, args.num_envs, obs_dim), np.float32)  # before each step, and after the last
     actions = np.zeros((*shape, policy.low.size), np.float32)  # in the policy's unit
     rewards = np.zeros(shape, np.float32)
-    discounted = np.zeros(shape, np.float32)  # sum of past rewards; its std scales rewards
+    discounted = np.zeros(shape, np.float32)  # discounted sum of past rewards; its std scales rewards
     terminated = np.zeros(shape, bool)
     truncated = np.zeros(shape, bool)
     is_reset = np.zeros(shape, bool)  # the step only reset: its action was ignored
@@ -318,12 +320,10 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
             discounted[t] = np.where(is_reset[t], 0, rewards[t] + args.gamma * discounted[t - 1])
         obs[-1] = next_obs
         obs_moments.update(obs[:-1][~is_reset])
-        return_moments.update(discounted[~is_reset])
+        return_moments.update(discounted[~is_reset])  # it counts already here, so that the first rewards are scaled too
 
-        # 2. Advantages, from the values of all observations.
-        scaled_rewards = rewards
-        if args.norm_reward:  # by statistics that count this rollout in
-            scaled_rewards = (rewards / math.sqrt(return_moments.var + 1e-8)).clip(-10, 10)
+        # 2. Advantages, and the log-probs of the policy that acted, which is still the same.
+        scaled_rewards = (rewards / math.sqrt(return_moments.var + 1e-8)).clip(-10, 10) if args.norm_reward else rewards
         normed_obs = policy.normalize(obs)  # (T + 1, N, D)
         all_actions = torch.from_numpy(actions).to(args.device)  # (T, N, C)
         values, advantages = estimate(critic, normed_obs, scaled_rewards, terminated, truncated, args)  # (T, N) each

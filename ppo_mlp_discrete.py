@@ -128,7 +128,7 @@ def compute_gae(
     step and after the last. An episode's last observation counts with its value if truncated, with 0 if terminated."""
     # TD errors. values[t + 1] is of where step t led, at an episode's end too: the reset comes a step later.
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    continues = ~(terminated | truncated)  # if not, nothing flows back from the step that resets, which `train` drops
+    continues = ~(terminated | truncated)  # an episode's end takes nothing from step t + 1, which only resets
     advantages, advantage = np.zeros_like(rewards), 0.0
     for t in reversed(range(len(rewards))):
         advantage = deltas[t] + gamma * gae_lambda * continues[t] * advantage
@@ -247,7 +247,7 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
             next_is_reset = terminated[t] | truncated[t]
         obs[-1] = next_obs
 
-        # 2. Advantages, from the values of all observations.
+        # 2. Advantages, and the log-probs of the policy that acted, which is still the same.
         all_obs = torch.from_numpy(obs).to(args.device)  # (T + 1, N, D)
         all_actions = torch.from_numpy(actions).to(args.device)  # (T, N)
         with torch.no_grad():

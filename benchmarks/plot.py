@@ -298,22 +298,6 @@ def speed_table(measured: dict[str, dict]) -> str:
     return table(["script", "work", "this", "peer", "this is", "machine"], rows)
 
 
-def environments_table(measured: dict[str, dict]) -> str:
-    """Steps/s by number and kind of environments."""
-    discrete, continuous = (measured[name]["steps_per_second_by_envs"] for name in ("discrete", "continuous"))
-    rows = [["CartPole-v1", shape, spread(values), ""] for shape, values in discrete.items()]
-    rows += [
-        [
-            "HalfCheetah-v5, " + shape.split(", ")[0],
-            shape.split(", ")[1],
-            number(x["training"], 0),
-            number(x["simulator"], 0),
-        ]
-        for shape, x in continuous.items()
-    ]
-    return table(["environments", "number × steps", "training, steps/s", "simulator alone, steps/s"], rows)
-
-
 def duration(seconds: float) -> str:
     """In minutes, or in hours."""
     return f"{number(seconds / 3600)} hours" if seconds >= 3600 else f"{number(seconds / 60, 0)} minutes"
@@ -390,7 +374,6 @@ def documents_now(loaded: dict[str, tuple[Suite, list[Group]]]) -> dict[Path, st
         "overview": overview_table(loaded),
         "times": times_table(loaded, measured),
         "speed": speed_table(measured),
-        "environments": environments_table(measured),
     }
     texts = {path: path.read_text() for path in DOCUMENTS}
     for name in tables:

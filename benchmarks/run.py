@@ -13,13 +13,15 @@ import contextlib
 import json
 import os
 import platform
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -62,17 +64,41 @@ class Args:
     """run the suite's first run once more and compare it with its result; writes nothing"""
 
 
+def machine() -> str:
+    """Names of the processor, its cores and the GPU, if there is one."""
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    gpus = ""
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpus = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    names = [cpu[1] if cpu else platform.processor(), f"{os.cpu_count()} cores", *gpus.splitlines()]
+    return ", ".join(names)
+
+
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of these packages, where they are installed."""
+    versions = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):  # one that the script can do without
+            versions[name] = version(name)
+    return versions
+
+
 def execute(command: list[str], root: str, timeout: float, started: Callable = lambda process: None) -> dict:
-    """Runs a script to its end, at most timeout seconds. Returns wall-clock seconds and the texts of its metrics.csv,
-    config.json and summary.json, or "error" with its last lines. Only plain values go in and out, for Ray.
+    """Runs a script to its end, at most timeout seconds, on one thread, since runs share the cores. Returns wall-clock
+    seconds, the machine, versions of the packages in the script's head, and the texts of its metrics.csv, config.json
+    and summary.json, or "error" with its last lines. Only plain values go in and out, for Ray.
 
     started: called with the process.
     """
+    head = Path(root, command[1]).read_text().partition("\n# ///\n")[0]
+    facts = {"machine": machine(), "versions": installed(re.findall(r'"([\w-]+)[^"]*=', head))}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         start = time.perf_counter()
         words = [sys.executable, *command[1:], "--run-dir", f"{folder}/run"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-        process = subprocess.Popen(words, cwd=root, **pipes)
+        process = subprocess.Popen(words, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
         try:
             started(process)
             output, _ = process.communicate(timeout=timeout)
@@ -87,7 +113,7 @@ def execute(command: list[str], root: str, timeout: float, started: Callable = l
         files = [Path(folder, "run", name) for name in ("metrics.csv", "config.json", "summary.json")]
         if process.returncode or not all(file.exists() for file in files):
             return {"error": "\n    ".join([ended, *output.splitlines()[-10:]])}
-        return {"seconds": seconds} | {file.name: file.read_text() for file in files}
+        return facts | {"seconds": seconds} | {file.name: file.read_text() for file in files}
 
 
 def run_here(runs: list[Run], timeout: float, workers: int) -> Iterator[tuple[Run, dict]]:
@@ -142,11 +168,7 @@ def run_on_ray(runs: list[Run], timeout: float, address: str, workers: int) -> I
 
 def identity(run: Run, versions: dict[str, str]) -> dict:
     """What a result of a run that starts here and now would have, of these packages the versions of those here."""
-    here = {"python": platform.python_version()}
-    for name in set(versions) - set(here):
-        with contextlib.suppress(PackageNotFoundError):  # one that the script can do without
-            here[name] = version(name)
-    return {"command": run.command, "code": code_hash(ROOT / run.script), "versions": here}
+    return {"command": run.command, "code": code_hash(ROOT / run.script), "versions": installed(versions)}
 
 
 def commit() -> str:
@@ -164,11 +186,11 @@ def result_of(suite: Suite, run: Run, outcome: dict, git: str) -> tuple[dict, st
             raise BenchmarkError(f"summary.json has no {figure['name']}, which the suite shows")
     record = {
         "command": run.command,
-        "flags": config["args"],
-        "versions": config["versions"],
+        "flags": config.get("args", config) | {"run_dir": None},  # which was a temporary folder
+        "versions": outcome["versions"],
         "git": git,
         "code": code_hash(ROOT / run.script),
-        "machine": config["machine"],
+        "machine": outcome["machine"],
         "seconds": round(outcome["seconds"], 1),
         "summary": summary,
     }

@@ -1,15 +1,19 @@
-"""Speed side by side with peers: both in turn, every run a fresh process, ratios pair by pair.
+"""Speed side by side with peers: all in turn, every run a fresh process of one thread, ratios pair by pair.
 
     pip install -r requirements.txt -r benchmarks/requirements-peers.txt
-    python benchmarks/speed.py all
-    python benchmarks/speed.py discrete
+    git clone https://github.com/vwxyzjn/cleanrl ../cleanrl
+    python benchmarks/speed.py all --cleanrl ../cleanrl
+    python benchmarks/speed.py discrete --cleanrl ../cleanrl
 
-Prints medians and ranges. Without further flags it also writes them, with the machine's name, to
+Prints medians and ranges. With the default amount of work it also writes them, with the machine's name, to
 benchmarks/results/speed/<suite>.json, of which benchmarks/plot.py makes the README's table.
 """
 
 import json
+import math
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,12 +34,13 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ppo_mlp_discrete import machine  # noqa: E402
+from run import machine  # noqa: E402
 
-# CleanRL's settings for CartPole-v1, in the flags of ppo_mlp_discrete.py and as stable-baselines3 calls them.
-CLEANRL = "--update-epochs 4 --num-minibatches 4 --learning-rate 2.5e-4 --gamma 0.99"
-CLEANRL += " --gae-lambda 0.95 --ent-coef 0.01 --eval-episodes 0"
-SB3_SAME_WORK = """
+EARLIER = "f4f37a2"  # the commit before the scripts were made minimal, the yardstick for their speed
+# CleanRL's settings for CartPole-v1 in the flags of its ppo.py and of ours, and as stable-baselines3 calls them.
+CARTPOLE = "--num-envs 4 --num-steps 128 --update-epochs 4 --num-minibatches 4 --learning-rate 2.5e-4 --gamma 0.99"
+CARTPOLE += " --gae-lambda 0.95 --ent-coef 0.01"
+SB3_CARTPOLE = """
 env = make_vec_env("CartPole-v1", n_envs=4, seed={seed})
 model = PPO("MlpPolicy", env, n_steps=128, batch_size=128, n_epochs=4, learning_rate=lambda left: 2.5e-4 * left,
             gamma=0.99, gae_lambda=0.95, ent_coef=0.01, seed={seed}, device="cpu")
@@ -46,28 +51,15 @@ env = make_vec_env("CartPole-v1", n_envs=8, seed={seed})
 model = PPO("MlpPolicy", env, n_steps=32, batch_size=256, n_epochs=20, learning_rate=lambda left: 1e-3 * left,
             clip_range=lambda left: 0.2 * left, gamma=0.98, gae_lambda=0.8, ent_coef=0.0, seed={seed}, device="cpu")
 """
-# CleanRL's settings for MuJoCo, likewise. SB3's VecNormalize stands for the normalisation that is on in our script.
-CLEANRL_MUJOCO = "--update-epochs 10 --num-minibatches 32 --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95"
-CLEANRL_MUJOCO += " --clip-vloss --vf-coef 0.5 --norm-adv --no-recompute-advantages --log-std-init 0 --eval-episodes 0"
+# CleanRL's settings for MuJoCo, likewise. SB3's VecNormalize stands for the normalisation that is on in the others.
+MUJOCO = "--env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --update-epochs 10 --num-minibatches 32"
+MUJOCO += " --learning-rate 3e-4 --gamma 0.99 --gae-lambda 0.95 --vf-coef 0.5 --clip-vloss"
+MUJOCO_OURS = " --norm-adv --no-recompute-advantages --log-std-init 0"  # which its script does without being told
 SB3_MUJOCO = """
 from stable_baselines3.common.vec_env import VecNormalize
 env = VecNormalize(make_vec_env("HalfCheetah-v5", n_envs=1, seed={seed}), gamma=0.99)
 model = PPO("MlpPolicy", env, n_steps=2048, batch_size=64, n_epochs=10, learning_rate=lambda left: 3e-4 * left,
             gamma=0.99, gae_lambda=0.95, clip_range_vf=0.2, ent_coef=0.0, vf_coef=0.5, seed={seed}, device="cpu")
-"""
-# The environments of our script alone, with random actions: steps/s.
-SIMULATOR_PROGRAM = """
-import json, time
-import numpy as np
-from ppo_mlp_continuous import make_envs
-envs = make_envs("HalfCheetah-v5", {envs}, "{mode}")
-envs.reset(seed=1)
-shape = ({steps} // {envs}, {envs}, *envs.single_action_space.shape)
-actions = np.random.default_rng(1).uniform(-1, 1, shape).astype(envs.single_action_space.dtype)
-start = time.perf_counter()
-for action in actions:
-    envs.step(action)
-print(json.dumps({{"steps_per_second": len(actions) * {envs} / (time.perf_counter() - start)}}))
 """
 SB3_PROGRAM = """
 import json, time, torch
@@ -80,20 +72,36 @@ class Solved(BaseCallback):
     def _on_step(self):
         return True
     def _on_rollout_end(self):
-        self.returns = [episode["r"] for episode in self.model.ep_info_buffer]
-        full = len(self.returns) == 100
-        self.mean = sum(self.returns) / 100 if full else 0.0
-        if {target} is not None and self.mean >= {target}:
-            raise StopIteration
-solved = Solved()
+        returns = [episode["r"] for episode in self.model.ep_info_buffer]
+        if len(returns) == 100 and sum(returns) >= 47_500:
+            print("solved", flush=True)
 start = time.perf_counter()
-try:
-    model.learn({steps}, callback=solved)
-except StopIteration:
-    pass
-seconds = time.perf_counter() - start
-print(json.dumps({{"global_step": model.num_timesteps, "seconds": seconds, "mean_return": solved.mean,
-                   "steps_per_second": model.num_timesteps / seconds}}))
+model.learn({steps}, callback=Solved())
+print("steps/s", model.num_timesteps / (time.perf_counter() - start))
+"""
+# CleanRL's file as it is. It is written for gymnasium 0.29, whose TransformObservation asked for no observation space.
+CLEANRL_PROGRAM = """
+import runpy, sys
+import gymnasium as gym, torch
+torch.set_num_threads(1)
+transform = gym.wrappers.TransformObservation
+gym.wrappers.TransformObservation = lambda env, f, space=None: transform(env, f, space or env.observation_space)
+sys.argv = [{file!r}, *{flags!r}.split()]
+runpy.run_path({file!r}, run_name="__main__")
+"""
+# Our script's defaults, which says when the mean of the last hundred returns is 475.
+OURS_TO_475 = """
+import sys, tempfile
+import numpy as np
+import ppo_mlp_discrete as ppo
+write = ppo.MetricsLog.write
+def spied_write(log, metrics):
+    write(log, metrics)
+    if metrics["charts/episodic_return"] >= 475:
+        print("solved", flush=True)
+ppo.MetricsLog.write = spied_write
+sys.argv = ["ppo_mlp_discrete.py", "--seed", "{seed}", "--run-dir", tempfile.mkdtemp() + "/run"]
+ppo.main()
 """
 # A policy of Qwen2-0.5B's size, as ppo_llm_policy.py makes it and as document 000 writes it: a whole causal LM, dropout
 # in the adapters, all hidden states. Encoder, head, loss and optimiser are the same. Prints seconds of forward passes
@@ -270,39 +278,73 @@ class Args:
 
     suite: tyro.conf.Positional[Literal["all", "discrete", "continuous", "llm", "rlhf", "rlhf_memory"]]
     """what to measure"""
+    cleanrl: Path | None = None
+    """discrete and continuous: a checkout of https://github.com/vwxyzjn/cleanrl"""
     pairs: int | None = None
     """runs of each side, in turn; default 5, of llm and rlhf 3, of rlhf_memory, whose figures hardly vary, 1"""
     steps: int | None = None
-    """environment steps per run of the throughput comparison, not of llm; default 100,000, continuous 20,480"""
+    """environment steps per run of discrete and continuous; default 100,000 and 20,480"""
     llm_id: Literal["qwen2-0.5b-random", "tiny-random"] = "qwen2-0.5b-random"
     """llm: size of the body"""
     updates: int = 6
     """rlhf: PPO iterations of a run"""
 
 
-def run(command: list[str]) -> tuple[float, str]:
-    """Wall-clock seconds of a process from its start to its end, and its output. Shows why it failed where it did."""
-    start = time.perf_counter()
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"error: {' '.join(command)[:300]}\n{done.stderr[-2000:]}")
-    return time.perf_counter() - start, done.stdout
+def run(command: list[str], folder: Path = ROOT, until: Callable[[str], bool] = lambda line: False) -> dict:
+    """Runs a process to its end, or to a line of output that until accepts. Returns "output", "seconds" from the start
+    to there, and "peak_memory" in bytes. Ends with the reason where it fails."""
+    start, lines = time.perf_counter(), []
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryFile("w+") as errors:
+        pipes = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        process = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+        for line in process.stdout:
+            lines.append(line)
+            if until(line):
+                process.kill()
+                break
+        seconds = time.perf_counter() - start
+        _, status, usage = os.wait4(process.pid, 0)
+        if os.waitstatus_to_exitcode(status) not in (0, -signal.SIGKILL):
+            errors.seek(0)
+            sys.exit(f"error: {' '.join(command)[:300]}\n{errors.read()[-2000:]}")
+    return {"output": "".join(lines), "seconds": seconds, "peak_memory": usage.ru_maxrss * 1024}
 
 
-def run_ours(flags: str, script: str = "ppo_mlp_discrete.py") -> dict[str, float]:
-    """summary.json of a run of a script, with the process's wall-clock seconds."""
+def run_ours(script: str, flags: str, seed: int, earlier: bool = False) -> dict[str, float]:
+    """Steps/s of training and peak memory of a run of our script, or of the one at the commit EARLIER."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, evaluation = Path(name), "--eval-episodes 1"
+        path = ROOT / script
+        if earlier:
+            git = ["git", "-C", str(ROOT), "show", f"{EARLIER}:{script}"]
+            path = folder / script
+            path.write_text(subprocess.run(git, capture_output=True, text=True, check=True).stdout)
+            evaluation = "--eval-episodes 0 --torch-threads 1"
+        words = f"--seed {seed} {flags} {evaluation} --run-dir run".split()
+        peak_memory = run([sys.executable, str(path), *words], folder)["peak_memory"]
+        summary = json.loads((folder / "run/summary.json").read_text())
+    return {"steps_per_second": summary["global_step"] / summary["seconds"], "peak_memory": peak_memory}
+
+
+def run_sb3(model: str, seed: int, steps: int) -> float:
+    """Steps/s of stable-baselines3."""
+    program = SB3_PROGRAM.format(model=model.format(seed=seed), steps=steps)
+    return float(run([sys.executable, "-c", program])["output"].split()[-1])
+
+
+def run_cleanrl(cleanrl: Path, script: str, flags: str, seed: int) -> float:
+    """Steps/s of CleanRL, which it prints after each iteration."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, script, "--run-dir", f"{folder}/run", *flags.split()]
-        wall, _ = run(command)
-        return json.loads(Path(folder, "run/summary.json").read_text()) | {"wall": wall}
+        given = {"file": str((cleanrl / "cleanrl" / script).resolve()), "flags": f"--seed {seed} {flags}"}
+        done = run([sys.executable, "-c", CLEANRL_PROGRAM.format(**given)], Path(folder))
+        return float(re.findall(r"SPS: (\d+)", done["output"])[-1])
 
 
-def run_sb3(model: str, seed: int, steps: int, target: float | None = None) -> dict[str, float]:
-    """The same of a run of stable-baselines3."""
-    program = SB3_PROGRAM.format(model=model.format(seed=seed), steps=steps, target=target)
-    wall, output = run([sys.executable, "-c", program])
-    return json.loads(output) | {"wall": wall}
+def seconds_to_475(program: list[str]) -> float:
+    """Seconds from the start of a process to the line "solved" in its output."""
+    done = run(program, until=lambda line: line == "solved\n")
+    return done["seconds"] if done["output"].endswith("solved\n") else math.inf
 
 
 def compare(script: str, work: str, unit: str, peer: str, ours: list[float], theirs: list[float]) -> dict:
@@ -334,87 +376,54 @@ def show(comparison: dict) -> None:
         print(f"  {'ratio pair by pair':28} {pairs}; median {statistics.median(comparison['ratios']):.2f}")
 
 
-def discrete(args: Args) -> dict:
-    """CartPole-v1: steps/s at equal work, seconds to a mean return of 475, and steps/s by number of environments."""
-    total_steps = args.steps or 100_000
-    shapes = {4: 128, 64: 128, 1024: 16}  # environments: steps per rollout
-    bar = tqdm(total=4 * args.pairs + len(shapes) * 3, unit="run", desc="discrete")
+def side_by_side(args: Args, script: str, theirs: str, work: str, flags: str, more: str, sb3: str) -> list[dict]:
+    """Comparisons of steps/s with stable-baselines3, CleanRL and our earlier script, and of memory with the latter.
 
-    def step(result: dict) -> dict:
-        bar.update()
-        return result
-
-    ours, theirs, solved_ours, solved_theirs = [], [], [], []
-    for seed in range(1, args.pairs + 1):
-        ours.append(
-            step(run_ours(f"{CLEANRL} --num-envs 4 --num-steps 128 --total-timesteps {total_steps} --seed {seed}"))
-        )
-        theirs.append(step(run_sb3(SB3_SAME_WORK, seed, total_steps)))
-    for seed in range(1, args.pairs + 1):
-        solved_ours.append(step(run_ours(f"--target-return 475 --eval-episodes 0 --seed {seed}")))
-        solved_theirs.append(step(run_sb3(SB3_ZOO, seed, 100_000, 475)))
-    throughput = {}
-    for envs, steps in shapes.items():
-        flags = f"{CLEANRL} --num-envs {envs} --num-steps {steps} --total-timesteps {max(total_steps, 1000 * envs)}"
-        throughput[envs] = [step(run_ours(f"{flags} --seed {seed}"))["steps_per_second"] for seed in (1, 2, 3)]
-    bar.close()
-
-    rates = [[result["steps_per_second"] for result in side] for side in (ours, theirs)]
-    reached = [
-        (a["wall"], b["wall"])
-        for a, b in zip(solved_ours, solved_theirs)
-        if a["train_return"] >= 475 and b["mean_return"] >= 475
+    theirs: CleanRL's script; flags: what both it and ours are given; more: what ours alone is given."""
+    steps = args.steps or {"ppo_mlp_discrete.py": 100_000, "ppo_mlp_continuous.py": 20_480}[script]
+    flags = f"{flags} --total-timesteps {steps}"
+    ours, earlier, cleanrl, baselines = [], [], [], []
+    for seed in tqdm(range(1, args.pairs + 1), unit="pair", desc=script):
+        ours.append(run_ours(script, flags + more, seed))
+        baselines.append(run_sb3(sb3, seed, steps))
+        cleanrl.append(run_cleanrl(args.cleanrl, theirs, flags, seed))
+        earlier.append(run_ours(script, flags + more, seed, earlier=True))
+    rates, earlier_rates = ([result["steps_per_second"] for result in side] for side in (ours, earlier))
+    memory, earlier_memory = ([result["peak_memory"] / 1e9 for result in side] for side in (ours, earlier))
+    before = f"commit {EARLIER}"
+    return [
+        compare(script, work, "steps/s", "stable-baselines3", rates, baselines),
+        compare(script, work, "steps/s", "CleanRL", rates, cleanrl),
+        compare(script, work, "steps/s", before, rates, earlier_rates),
+        compare(script, f"{work}, peak memory", "GB", before, memory, earlier_memory),
     ]
-    # Environments are what each side makes by default: gymnasium's CartPoleVectorEnv here, DummyVecEnv there.
+
+
+def discrete(args: Args) -> dict:
+    """CartPole-v1: steps/s at equal work, and seconds to a mean return of 475."""
     work = "CartPole-v1, 4 envs × 128 steps, 4 epochs × 4 minibatches, 64-64 tanh"
-    solve = f"CartPole-v1 from process start to a mean return of 475, own best settings ({len(reached)} seeds reach it)"
-    peer, script = "stable-baselines3", "ppo_mlp_discrete.py"
-    return {
-        "comparisons": [
-            compare(script, work, "steps/s", peer, *rates),
-            compare(script, solve, "s", peer, [ours for ours, _ in reached], [theirs for _, theirs in reached]),
-        ],
-        "steps_per_second_by_envs": {f"{envs} × {shapes[envs]}": values for envs, values in throughput.items()},
-    }
+    comparisons = side_by_side(args, "ppo_mlp_discrete.py", "ppo.py", work, CARTPOLE, " --clip-vloss", SB3_CARTPOLE)
+    ours, theirs = [], []
+    for seed in tqdm(range(1, args.pairs + 1), unit="pair", desc="to 475"):
+        ours.append(seconds_to_475([sys.executable, "-c", OURS_TO_475.format(seed=seed)]))
+        program = SB3_PROGRAM.format(model=SB3_ZOO.format(seed=seed), steps=100_000)
+        theirs.append(seconds_to_475([sys.executable, "-c", program]))
+    reached = [(a, b) for a, b in zip(ours, theirs) if a + b < math.inf]
+    work = f"CartPole-v1 from process start to a mean return of 475, own best settings ({len(reached)} seeds reach it)"
+    sides = [[a for a, _ in reached], [b for _, b in reached]]
+    return {"comparisons": [*comparisons, compare("ppo_mlp_discrete.py", work, "s", "stable-baselines3", *sides)]}
 
 
 def continuous(args: Args) -> dict:
-    """HalfCheetah-v5: steps/s at equal work, and steps/s of training and of the simulator alone by number and kind of
-    environments."""
-    total_steps = args.steps or 20_480
-    shapes = {1: 2048, 8: 256, 64: 32}  # environments: steps per rollout
-    modes = ["sync", "envpool"]
-    bar = tqdm(total=2 * args.pairs + 2 * len(modes) * len(shapes), unit="run", desc="continuous")
-
-    def step(result: dict) -> float:
-        bar.update()
-        return result["steps_per_second"]
-
-    def ours(envs: int, mode: str, seed: int) -> float:
-        flags = f"{CLEANRL_MUJOCO} --num-envs {envs} --num-steps {shapes[envs]} --vectorization-mode {mode}"
-        flags += f" --total-timesteps {total_steps} --seed {seed}"
-        return step(run_ours(flags, "ppo_mlp_continuous.py"))
-
-    def simulator(envs: int, mode: str) -> float:
-        program = SIMULATOR_PROGRAM.format(envs=envs, mode=mode, steps=total_steps)
-        return step(json.loads(run([sys.executable, "-c", program])[1]))
-
-    rates, theirs = [], []
-    for seed in range(1, args.pairs + 1):
-        rates.append(ours(1, "sync", seed))
-        theirs.append(step(run_sb3(SB3_MUJOCO, seed, total_steps)))
-    throughput = {
-        f"{mode}, {envs} × {shapes[envs]}": {"training": ours(envs, mode, 1), "simulator": simulator(envs, mode)}
-        for mode in modes
-        for envs in shapes
-    }
-    bar.close()
-    work = "HalfCheetah-v5, 1 env × 2048 steps, 10 epochs × 32 minibatches, 64-64 tanh"
-    return {
-        "comparisons": [compare("ppo_mlp_continuous.py", work, "steps/s", "stable-baselines3", rates, theirs)],
-        # Networks have one thread, EnvPool has its own.
-        "steps_per_second_by_envs": throughput,
-    }
+    """HalfCheetah-v5: steps/s at equal work, and at our defaults."""
+    script, work = "ppo_mlp_continuous.py", "HalfCheetah-v5, 1 env × 2048 steps, 10 epochs × 32 minibatches, 64-64 tanh"
+    comparisons = side_by_side(args, script, "ppo_continuous_action.py", work, MUJOCO, MUJOCO_OURS, SB3_MUJOCO)
+    flags, sides = f"--total-timesteps {2 * (args.steps or 20_480)}", ([], [])
+    for seed in tqdm(range(1, args.pairs + 1), unit="pair", desc="defaults"):
+        for side, earlier in zip(sides, (False, True)):
+            side.append(run_ours(script, flags, seed, earlier)["steps_per_second"])
+    work = "HalfCheetah-v5, defaults (8 envs × 256 steps)"
+    return {"comparisons": [*comparisons, compare(script, work, "steps/s", f"commit {EARLIER}", *sides)]}
 
 
 def llm(args: Args) -> dict:
@@ -423,8 +432,8 @@ def llm(args: Args) -> dict:
     sides = {"ours": [], "document": []}
     for seed in range(1, args.pairs + 1):
         for side, results in sides.items():
-            _, output = run([sys.executable, "-c", LLM_PROGRAM.format(side=side, llm_id=args.llm_id, seed=seed)])
-            results.append(json.loads(output.splitlines()[-1]))
+            program = LLM_PROGRAM.format(side=side, llm_id=args.llm_id, seed=seed)
+            results.append(json.loads(run([sys.executable, "-c", program])["output"].splitlines()[-1]))
             bar.update()
     bar.close()
 
@@ -464,8 +473,8 @@ def rlhf(args: Args, memory: bool = False) -> dict:
         for _ in range(args.pairs):
             for side in names:
                 given = {"folder": folder, "side": side, "work": work, "device": "cuda" if has_gpu else "cpu"}
-                _, output = run([sys.executable, "-c", RLHF_PROGRAM.format(**given, updates=args.updates)])
-                sides[side].append(json.loads(output.splitlines()[-1]))
+                program = RLHF_PROGRAM.format(**given, updates=args.updates)
+                sides[side].append(json.loads(run([sys.executable, "-c", program])["output"].splitlines()[-1]))
                 bar.update()
     bar.close()
     *ours, peer = names
@@ -496,7 +505,7 @@ def main() -> None:
         sys.exit(2)
     suites = {
         "discrete": (discrete, 5, ["stable_baselines3"]),
-        "continuous": (continuous, 5, ["stable_baselines3", "envpool"]),
+        "continuous": (continuous, 5, ["stable_baselines3"]),
         "llm": (llm, 3, []),
         "rlhf": (rlhf, 3, ["trl"]),
         "rlhf_memory": (partial(rlhf, memory=True), 1, ["trl"]),
@@ -507,12 +516,15 @@ def main() -> None:
         suites["rlhf"] = (rlhf, 3, [])
         chosen = list(dict.fromkeys("rlhf" if name == "rlhf_memory" else name for name in chosen))
     for name in chosen:
+        if name in ("discrete", "continuous") and not (args.cleanrl and (args.cleanrl / "cleanrl/ppo.py").exists()):
+            print("error: --cleanrl wants a checkout of https://github.com/vwxyzjn/cleanrl", file=sys.stderr)
+            sys.exit(2)
         for package in suites[name][2]:
             if find_spec(package) is None:
                 mend = "pip install -r benchmarks/requirements-peers.txt"
                 print(f"error: {name} needs {package}: {mend}", file=sys.stderr)
                 sys.exit(2)
-    packages = ("torch", "transformers", "peft", "numpy", "gymnasium", "mujoco", "envpool", "stable_baselines3", "trl")
+    packages = ("torch", "transformers", "peft", "numpy", "gymnasium", "mujoco", "stable_baselines3", "trl")
     versions = {name: version(name) for name in packages if find_spec(name)}
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     facts = {"machine": machine(), "versions": versions, "git": git.stdout.strip()}
@@ -523,7 +535,7 @@ def main() -> None:
         for comparison in figures["comparisons"]:
             show(comparison)
         print(f"on {machine()}")
-        if args == Args(args.suite):  # other work would not be what the table says
+        if args == Args(args.suite, args.cleanrl):  # other work would not be what the table says
             device = "_cuda" if has_gpu and name in ("llm", "rlhf") else ""
             path = ROOT / "benchmarks/results/speed" / f"{name}{device}.json"
             seconds = {"seconds": round(time.perf_counter() - start)}

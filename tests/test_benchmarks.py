@@ -1,6 +1,7 @@
 """The runner with runs that fail, hang and die; results that are cut, changed or foreign; tables and figures."""
 
 import csv
+import importlib.metadata
 import json
 import platform
 import re
@@ -23,15 +24,16 @@ from suite import BenchmarkError, Suite, checksum, code_hash, differences, load_
 
 ROOT = Path(__file__).parent.parent
 # A script that behaves like ours as far as the runner can see: it leaves a run of three iterations, or it does not.
-TOY = '''
+TOY = '''# /// script
+# dependencies = ["numpy>=2"]
+# ///
 """A toy."""
-import argparse, importlib.metadata, json, os, platform, signal, sys, time
+import argparse, json, os, signal, sys, time
 from pathlib import Path
 parser = argparse.ArgumentParser()
 parser.add_argument("--how", default="well")
 parser.add_argument("--bonus", type=float, default=0)
-for name in ("--seed", "--torch-threads"):
-    parser.add_argument(name, type=int)
+parser.add_argument("--seed", type=int)
 parser.add_argument("--run-dir", type=Path)
 args = parser.parse_args()
 log = Path(os.environ["TOYS"])
@@ -53,9 +55,7 @@ args.run_dir.mkdir()
 luck, late_luck = (float(os.environ.get(name, "0")) for name in ("LUCK", "LATE_LUCK"))
 rows = [(step, args.seed + step / 10 + luck) for step in (9, 19, 31)][: 2 if args.how == "short" else 3]
 (args.run_dir / "metrics.csv").write_text("global_step,return\\n" + "".join(f"{a},{b}\\n" for a, b in rows))
-versions = {"python": platform.python_version(), "numpy": importlib.metadata.version("numpy")}
-config = {"args": {"seed": args.seed}, "versions": versions, "machine": "a toy's"}
-(args.run_dir / "config.json").write_text(json.dumps(config))
+(args.run_dir / "config.json").write_text(json.dumps({"seed": args.seed}))
 (args.run_dir / "summary.json").write_text(json.dumps({"final": args.seed + args.bonus + late_luck}))
 '''
 SUITE = """
@@ -267,9 +267,9 @@ def test_a_stopped_runner_stops_what_runs_on_ray(project):
 
 def test_results_of_a_machine_with_other_versions_are_refused(tmp_path, monkeypatch, capsys):
     """As it may be one of a Ray cluster."""
-    config = {"args": {}, "versions": {"python": platform.python_version(), "torch": "1.0"}, "machine": "far away"}
     texts = {"metrics.csv": "global_step,return\n30,1\n", "summary.json": json.dumps({"final": 1.0, "share": 1.0})}
-    outcome = texts | {"seconds": 1.0, "config.json": json.dumps(config)}
+    versions = {"python": platform.python_version(), "torch": "1.0"}
+    outcome = texts | {"seconds": 1.0, "config.json": "{}", "versions": versions, "machine": "far away"}
     monkeypatch.setattr(runner, "run_here", lambda runs, *_: ((run, outcome) for run in runs))
     assert not runner.run_suite(toy_suite(), runner.Args("toys"), tmp_path)
     assert "FAILED A__ours__1: its machine has torch 1.0 (not " in capsys.readouterr().err
@@ -353,10 +353,11 @@ def test_a_real_run(tmp_path):
     want = [np.nanmean([value for step, value in rows if low < step <= high]) for low, high in ends]
     assert columns["charts/episodic_return"] == pytest.approx(want)
     config = json.loads((tmp_path / "run/config.json").read_text())
-    assert record["flags"] == config["args"] | {"torch_threads": 1}
-    assert (record["versions"], record["machine"]) == (config["versions"], config["machine"])
+    assert record["flags"] == config | {"run_dir": None}
+    assert record["versions"]["torch"] == importlib.metadata.version("torch")
+    assert "cores" in record["machine"]
     assert record["code"] == code_hash(ROOT / run.script)
-    assert record["git"] == config["git"] != ""
+    assert record["git"] == runner.commit() != ""
     assert differences(record, runner.identity(run, record["versions"])) == ""
 
 
@@ -401,10 +402,10 @@ def toys(tmp_path):
     for run in suite.runs(suite.seeds):
         more = 5 * (run.setting == "other")
         metrics = "global_step,return\n" + "".join(f"{10 * i},{i * run.seed**2 + more}\n" for i in (1, 2, 3))
-        config = {"args": {}, "versions": {"torch": "2"}, "machine": "a toy's"}
         summary = {"final": more or (2 * run.seed if run.task == "A" else -run.seed), "share": 0.25}
-        texts = {"metrics.csv": metrics, "config.json": json.dumps(config), "summary.json": json.dumps(summary)}
-        runner.save(tmp_path, run.name, *runner.result_of(suite, run, texts | {"seconds": 60.0 + run.seed}, "commit"))
+        outcome = {"metrics.csv": metrics, "config.json": "{}", "summary.json": json.dumps(summary)}
+        outcome |= {"seconds": 60.0 + run.seed, "versions": {"torch": "2"}, "machine": "a toy's"}
+        runner.save(tmp_path, run.name, *runner.result_of(suite, run, outcome, "commit"))
     return suite, tmp_path
 
 
