@@ -84,9 +84,7 @@ class Args:
     resume: str | None = None  # run folder to go on from, with its flags unless given anew; episodes start afresh
     checkpoint_interval: int = 20  # iterations between checkpoints
     eval_episodes: int = 20  # episodes of the evaluation, with greedy and again with sampled actions
-    capture_video: bool = (
-        False  # film a greedy and a sampled episode; needs pip install moviepy; MUJOCO_GL=egl without a screen
-    )
+    capture_video: bool = False  # film a greedy and a sampled episode; needs moviepy; without a screen MUJOCO_GL=egl
     play: str | None = None  # evaluate the policy of this run folder, with its flags unless given anew; train nothing
     device: str = "cpu"  # for networks this small a CPU is faster than a GPU
 
