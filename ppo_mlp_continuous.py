@@ -140,15 +140,15 @@ class Policy(nn.Module):
         return (distribution.mean if greedy else distribution.sample()).numpy(force=True)
 
     def to_env(self, actions: ndarray) -> ndarray:
-        """What the environment takes for actions (N, C) in the policy's unit: in its unit, shape and dtype, clipped."""
-        actions = actions.reshape(len(actions), *self.low.shape)
+        """What the environment takes for actions (..., C) in the policy's unit: its unit, shape and dtype, clipped."""
+        actions = actions.reshape(*actions.shape[:-1], *self.low.shape)
         actions = (self.centre + self.scale * actions).clip(self.low, self.high)
         if "int" in self.dtype:  # such as int64, uint8
             actions = actions.round()
         return actions.astype(self.dtype)
 
     def act(self, obs: ndarray, greedy: bool = False) -> ndarray:
-        """Actions (N, ...) as the environment takes them, for observations (N, D): the means, or samples."""
+        """Actions as the environment takes them, one for each of the observations (..., D): the means, or samples."""
         return self.to_env(self.choose(obs, greedy))
 
 
