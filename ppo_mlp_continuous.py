@@ -59,7 +59,7 @@ class Args:
     seed: int = 1  # of weights, environments, actions and shuffling
     total_timesteps: int = 1_000_000  # length of the training in steps, over all environments
     num_envs: int = 8  # parallel environments, N
-    num_steps: int = 256  # steps of each environment in a rollout, T
+    num_steps: int = 256  # steps of each environment in a rollout, T; at least 2, as one may only reset
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] | None = None  # None leaves it to gymnasium
     learning_rate: float = 3e-4  # Adam's step size at the start
     anneal_lr: bool = True  # lower the learning rate linearly to 0
@@ -69,7 +69,7 @@ class Args:
     num_minibatches: int = 32  # per pass, at most
     norm_obs: bool = True  # normalise observations by their running mean and std, and clip them to ±10
     norm_reward: bool = True  # divide rewards by the running std of the discounted return, and clip them to ±10
-    log_std_init: float = -0.5  # log of the first std; a std of 1 is half the range between an action's bounds
+    log_std_init: float = -0.5  # log of a new run's first std; a std of 1 is half the range between an action's bounds
     recompute_advantages: bool = True  # before each pass, with the critic of then; arXiv:2006.05990, section 3.5
     norm_adv: bool = False  # normalise advantages within each minibatch
     objective: Literal["clip", "kl-penalty"] = "clip"  # the PPO paper's eq. 7, or its alternative, eq. 8
@@ -104,14 +104,14 @@ def mlp(inputs: int, outputs: int, output_gain: float) -> nn.Sequential:
 class Policy(nn.Module):
     """A Gaussian over actions of C numbers. Its means depend on the observation, its standard deviations do not.
 
-    The policy's unit of action is half the range between the bounds, around their centre, if both are within 1e6; else
+    The policy's unit of action is half the range between the bounds, around their centre, if both are within 1e15; else
     it is the environment's. Actions are stored and scored in this unit and unclipped; `to_env` converts and clips them.
     """
 
     def __init__(self, obs_dim: int, low: list, high: list, dtype: str, norm_obs: bool, log_std_init: float):
         super().__init__()
         self.low, self.high, self.dtype, self.norm_obs = np.array(low), np.array(high), dtype, norm_obs
-        bounded = (abs(self.low) < 1e6) & (abs(self.high) < 1e6)
+        bounded = (abs(self.low) < 1e15) & (abs(self.high) < 1e15)
         self.scale = np.where(bounded, (self.high - self.low) / 2, 1)
         self.centre = np.where(bounded, self.low + self.scale, np.clip(0, self.low, self.high))
         self.actor = mlp(obs_dim, self.low.size, output_gain=0.01)
@@ -124,20 +124,18 @@ class Policy(nn.Module):
         obs = torch.from_numpy(obs).to(self.log_std)  # its dtype, on its device
         return ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10) if self.norm_obs else obs
 
-    def distribution(self, obs: Tensor) -> Normal:
-        """Distributions of actions (..., C) for normalised observations (..., D)."""
-        return Normal(self.actor(obs), self.log_std.exp(), validate_args=False)
-
     def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Log-densities (...) of actions (..., C) for normalised observations (..., D), and entropies (...)."""
-        distribution = self.distribution(obs)
+        distribution = Normal(self.actor(obs), self.log_std.exp(), validate_args=False)
         return distribution.log_prob(actions).sum(-1), distribution.entropy().sum(-1)
 
     @torch.no_grad()
     def choose(self, obs: ndarray, greedy: bool = False) -> ndarray:
         """Actions (..., C) in the policy's unit, for observations (..., D): the means, or samples."""
-        distribution = self.distribution(self.normalize(obs))
-        return (distribution.mean if greedy else distribution.sample()).numpy(force=True)
+        actions = self.actor(self.normalize(obs))
+        if not greedy:  # a sample of the Normal in `evaluate_actions`, found faster
+            actions = actions + self.log_std.exp() * torch.randn_like(actions)
+        return actions.numpy(force=True)
 
     def to_env(self, actions: ndarray) -> ndarray:
         """What the environment takes for actions (..., C) in the policy's unit: its unit, shape and dtype, clipped."""
@@ -215,7 +213,7 @@ class Batch(NamedTuple):
 def approximate_kl(log_ratio: Tensor) -> Tensor:
     """KL(old || new), in nats, estimated from log(new / old probability) (B,) of actions that the old policy took: the
     mean of r - 1 - log r, which is unbiased and never negative (k3 of http://joschu.net/blog/kl-approx.html)."""
-    return (log_ratio.exp() - 1 - log_ratio).mean()
+    return (log_ratio.expm1() - log_ratio).mean()
 
 
 def ppo_loss(policy: Policy, critic: nn.Module, batch: Batch, kl_coef: float, args: Args) -> tuple[Tensor, dict]:
@@ -369,7 +367,8 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
                 kl_coef /= 2
 
         # 4. Metrics, of which those of ppo_loss are means over the minibatches.
-        iteration, global_step = iteration + 1, global_step + len(batch.obs)
+        iteration += 1
+        global_step += len(batch.obs)
         seconds = time.perf_counter() - start_time
         mean_return = np.mean(episode_returns) if episode_returns else math.nan
         metrics = {
@@ -410,8 +409,8 @@ def make_envs(args: Args, num_envs: int, **options) -> gym.vector.VectorEnv:
     """Environments with flat observations. They record the returns of their episodes."""
     envs = gym.make_vec(args.env_id, num_envs, args.vectorization_mode, **options)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    if not isinstance(action_space, gym.spaces.Box):
-        raise UserError(f"--env-id {args.env_id} has the action space {action_space}, which is not a Box")
+    if not isinstance(action_space, gym.spaces.Box) or not obs_space.is_np_flattenable:
+        raise UserError(f"--env-id {args.env_id}: {action_space} is not Box, or {obs_space} cannot be flattened")
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UserError(f"--env-id {args.env_id} does not reset in the step after the end of an episode")
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
@@ -475,18 +474,15 @@ def evaluate(args: Args, run_dir: Path, video: bool = False) -> dict[str, float]
     for mode in ("greedy", "sampled"):
         torch.manual_seed(args.seed)
         obs, _ = envs.reset(seed=2**31 + 1000 * args.seed)
-        totals, is_running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+        total, alive = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
         for _ in range(100_000):  # without a time limit, an episode may never end
             obs, rewards, terminated, truncated, _ = envs.step(policy.act(obs, greedy=mode == "greedy"))
-            totals += rewards * is_running
-            is_running &= ~(terminated | truncated)
-            if not is_running.any():
+            total += rewards * alive
+            alive &= ~(terminated | truncated)
+            if not alive.any():
                 break
-        means[f"eval_return_{mode}"] = totals.mean()
-        unfinished = f", {is_running.sum()} of them unfinished" if is_running.any() else ""
-        print(
-            f"{mode} actions: return {totals.mean():.1f} ± {totals.std():.1f} over {len(totals)} episodes{unfinished}"
-        )
+        means[f"eval_return_{mode}"] = total.mean()
+        print(f"{mode} return {total.mean():.1f} ± {total.std():.1f}, {len(total)} episodes, {alive.sum()} unfinished")
     envs.close()
     return means
 
@@ -507,12 +503,17 @@ def main() -> None:
     above_0 = "num_envs total_timesteps learning_rate update_epochs num_minibatches clip_coef kl_penalty_target"
     above_0 += " max_grad_norm target_kl checkpoint_interval eval_episodes"
     for name in above_0.split():
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be above 0 and finite")
-    if args.num_steps < 2 or not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):  # one step may only reset
-        raise UserError("--num-steps must be above 1, --gamma and --gae-lambda between 0 and 1")
-    if args.num_minibatches > args.num_steps * args.num_envs or args.seed < 0:
-        raise UserError("--num-minibatches must be at most --num-steps times --num-envs, and --seed at least 0")
+    if args.num_steps < 2 or args.seed < 0 or not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):
+        raise UserError("--num-steps must be above 1, --seed at least 0, --gamma and --gae-lambda between 0 and 1")
+    if args.num_minibatches > args.num_steps * args.num_envs or not math.isfinite(
+        args.ent_coef + args.vf_coef + args.log_std_init
+    ):
+        raise UserError(
+            "--num-minibatches must be at most the rows of a rollout, --ent-coef, --vf-coef and --log-std-init finite"
+        )
     if "cuda" in args.device and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: PyTorch sees no GPU")
     if args.capture_video:

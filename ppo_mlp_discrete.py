@@ -56,7 +56,7 @@ class Args:
     seed: int = 1  # of weights, environments, actions and shuffling
     total_timesteps: int = 100_000  # length of the training in steps, over all environments
     num_envs: int = 8  # parallel environments, N
-    num_steps: int = 64  # steps of each environment in a rollout, T
+    num_steps: int = 64  # steps of each environment in a rollout, T; at least 2, as one may only reset
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] | None = None  # None leaves it to gymnasium
     learning_rate: float = 2e-3  # Adam's step size at the start
     anneal_lr: bool = True  # lower the learning rate linearly to 0
@@ -113,7 +113,7 @@ class Policy(nn.Module):
         logits = self.actor(torch.from_numpy(obs).to(self.actor[-1].weight))  # (..., A)
         if not greedy:  # the largest of logits + Gumbel noise is a sample, found faster than by torch.multinomial
             logits = logits - torch.empty_like(logits).exponential_().log()
-        return logits.argmax(-1).numpy(force=True)
+        return logits.argmax(-1).numpy(force=True)[()]
 
 
 # --------------------------------------------------------------------------------------------------------- algorithm
@@ -150,7 +150,7 @@ class Batch(NamedTuple):
 def approximate_kl(log_ratio: Tensor) -> Tensor:
     """KL(old || new), in nats, estimated from log(new / old probability) (B,) of actions that the old policy took: the
     mean of r - 1 - log r, which is unbiased and never negative (k3 of http://joschu.net/blog/kl-approx.html)."""
-    return (log_ratio.exp() - 1 - log_ratio).mean()
+    return (log_ratio.expm1() - log_ratio).mean()
 
 
 def ppo_loss(policy: Policy, critic: nn.Module, batch: Batch, kl_coef: float, args: Args) -> tuple[Tensor, dict]:
@@ -289,7 +289,8 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
                 kl_coef /= 2
 
         # 4. Metrics, of which those of ppo_loss are means over the minibatches.
-        iteration, global_step = iteration + 1, global_step + len(batch.obs)
+        iteration += 1
+        global_step += len(batch.obs)
         seconds = time.perf_counter() - start_time
         mean_return = np.mean(episode_returns) if episode_returns else math.nan
         metrics = {
@@ -330,13 +331,13 @@ def make_envs(args: Args, num_envs: int, **options) -> gym.vector.VectorEnv:
     """Environments with flat observations and actions that count from 0. They record the returns of their episodes."""
     envs = gym.make_vec(args.env_id, num_envs, args.vectorization_mode, **options)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    if not isinstance(action_space, gym.spaces.Discrete):
-        raise UserError(f"--env-id {args.env_id} has the action space {action_space}, which is not Discrete")
+    if not isinstance(action_space, gym.spaces.Discrete) or not obs_space.is_np_flattenable:
+        raise UserError(f"--env-id {args.env_id}: {action_space} is not Discrete, or {obs_space} cannot be flattened")
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UserError(f"--env-id {args.env_id} does not reset in the step after the end of an episode")
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         envs = FlattenObservation(envs)
-    if action_space.start != 0:
+    if action_space.start:
         envs = TransformAction(envs, lambda actions: actions + action_space.start)
     return RecordEpisodeStatistics(envs)
 
@@ -397,18 +398,15 @@ def evaluate(args: Args, run_dir: Path, video: bool = False) -> dict[str, float]
     for mode in ("greedy", "sampled"):
         torch.manual_seed(args.seed)
         obs, _ = envs.reset(seed=2**31 + 1000 * args.seed)
-        totals, is_running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+        total, alive = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
         for _ in range(100_000):  # without a time limit, an episode may never end
             obs, rewards, terminated, truncated, _ = envs.step(policy.act(obs, greedy=mode == "greedy"))
-            totals += rewards * is_running
-            is_running &= ~(terminated | truncated)
-            if not is_running.any():
+            total += rewards * alive
+            alive &= ~(terminated | truncated)
+            if not alive.any():
                 break
-        means[f"eval_return_{mode}"] = totals.mean()
-        unfinished = f", {is_running.sum()} of them unfinished" if is_running.any() else ""
-        print(
-            f"{mode} actions: return {totals.mean():.1f} ± {totals.std():.1f} over {len(totals)} episodes{unfinished}"
-        )
+        means[f"eval_return_{mode}"] = total.mean()
+        print(f"{mode} return {total.mean():.1f} ± {total.std():.1f}, {len(total)} episodes, {alive.sum()} unfinished")
     envs.close()
     return means
 
@@ -429,12 +427,13 @@ def main() -> None:
     above_0 = "num_envs total_timesteps learning_rate update_epochs num_minibatches clip_coef kl_penalty_target"
     above_0 += " max_grad_norm target_kl checkpoint_interval eval_episodes"
     for name in above_0.split():
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be above 0 and finite")
-    if args.num_steps < 2 or not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):  # one step may only reset
-        raise UserError("--num-steps must be above 1, --gamma and --gae-lambda between 0 and 1")
-    if args.num_minibatches > args.num_steps * args.num_envs or args.seed < 0:
-        raise UserError("--num-minibatches must be at most --num-steps times --num-envs, and --seed at least 0")
+    if args.num_steps < 2 or args.seed < 0 or not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):
+        raise UserError("--num-steps must be above 1, --seed at least 0, --gamma and --gae-lambda between 0 and 1")
+    if args.num_minibatches > args.num_steps * args.num_envs or not math.isfinite(args.ent_coef + args.vf_coef):
+        raise UserError("--num-minibatches must be at most the rows of a rollout, --ent-coef and --vf-coef finite")
     if "cuda" in args.device and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: PyTorch sees no GPU")
     if args.capture_video:

@@ -315,7 +315,7 @@ def times_table(loaded: dict[str, tuple[Suite, list[Group]]], measured: dict[str
     on_cpu = [measured[name] for name in SPEED]
     time = duration(sum(result["seconds"] for result in on_cpu))
     machine = " and ".join(sorted({result["machine"] for result in on_cpu}))
-    rows.append(["`python benchmarks/speed.py all`", "all but ppo_char_lm_pizza.py", "", time, machine])
+    rows.append(["`python benchmarks/speed.py all --cleanrl DIR`", "all but ppo_char_lm_pizza.py", "", time, machine])
     return table(["command", "script", "runs", "on 2 cores", "measured on"], rows)
 
 

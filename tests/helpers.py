@@ -27,15 +27,6 @@ def read_metrics(run_dir, with_time=False):
     return [{k: v for k, v in row.items() if with_time or not k.startswith(("time/", "charts/SPS"))} for row in rows]
 
 
-def same_metrics(run_a, run_b, rel, abs):
-    """Whether all figures of two runs but the times agree within a tolerance."""
-    a, b = read_metrics(run_a), read_metrics(run_b)
-    assert len(a) == len(b) >= 3
-    for row, other in zip(a, b):
-        figures = [[float(x) for x in r.values()] for r in (row, other)]
-        assert figures[0] == pytest.approx(figures[1], rel=rel, abs=abs, nan_ok=True)
-
-
 def load_checkpoint(run_dir):
     return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)
 
@@ -183,10 +174,10 @@ def run_two_ranks(file, *argv):
 
 def wait_for_rows(run_dir, count, process):
     """Waits until metrics.csv of a run that is under way has count rows."""
-    for _ in range(1500):
+    for _ in range(4500):
         assert process.poll() is None, process.stderr.read()
         path = run_dir / "metrics.csv"
         if path.exists() and path.read_text().count("\n") > count:
             return
         time.sleep(0.02)
-    raise AssertionError("no rows after 30 s")
+    raise AssertionError("no rows after 90 s")

@@ -243,12 +243,6 @@ class Whole(Dial):
         return 7
 
 
-class ConstantBox(Constant):
-    """Constant with Box actions."""
-
-    action_space = Box(-1, 1, (1,))
-
-
 class NumberedBox(Numbered):
     """Numbered with Box actions: nothing to learn, but rewards with a spread."""
 

@@ -582,7 +582,7 @@ def test_overview_and_times_by_hand(toys):
     # sixteen runs of 62.5 s on the average, two at a time; five comparisons of 25 minutes
     assert times.splitlines()[2:] == [
         "| `python benchmarks/run.py toys --results mine` | ppo_mlp_discrete.py | 16 | 8 minutes | a toy's |",
-        "| `python benchmarks/speed.py all` | all but ppo_char_lm_pizza.py |  | 2.1 hours | a toy's |",
+        "| `python benchmarks/speed.py all --cleanrl DIR` | all but ppo_char_lm_pizza.py |  | 2.1 hours | a toy's |",
     ]
 
 

@@ -221,9 +221,8 @@ def test_batches_are_what_happened(tmp_path, monkeypatch):
     for i, batch in enumerate(batches):
         policy, critic, _ = spy.calls[4 * i]
         obs, actions, rewards, terminated, truncated, rows = spy.rollout(i, 20)
-        assert (
-            rows == (obs[:-1, :, 0] > 0)
-        ).all()  # after the last step of an episode the probe shows a negative number
+        # After the last step of an episode the probe shows a negative number.
+        assert (rows == (obs[:-1, :, 0] > 0)).all()
         values = critic(torch.tensor(obs))[..., 0].detach().numpy()
         advantages = gae_by_definition(rewards, values, terminated, truncated, 0.98, 0.9)
         log_probs = Categorical(logits=policy.actor(torch.tensor(obs[:-1]))).log_prob(torch.tensor(actions)).detach()
@@ -301,7 +300,8 @@ def test_beta_follows_the_papers_rule(tmp_path):
         beta *= factor
         factors.add(factor)
         assert row["losses/kl_coef"] == beta
-        assert row["losses/approx_kl"] < 1e-9 < kl  # before and after the step
+        assert abs(row["losses/approx_kl"]) < 1e-8  # before the step
+        assert kl > 0  # after it
     assert factors == {0.5, 1, 2}
 
 
@@ -430,7 +430,7 @@ def test_play_and_load_policy_give_the_summarys_returns(tmp_path, monkeypatch, c
     trained = capsys.readouterr().out
     summary = json.loads((run_dir / "summary.json").read_text())
     assert {*summary} == {"global_step", "seconds", "train_return", "eval_return_greedy", "eval_return_sampled"}
-    assert f"greedy actions: return {summary['eval_return_greedy']:.1f}" in trained
+    assert f"greedy return {summary['eval_return_greedy']:.1f}" in trained
     before = {path: path.read_bytes() for path in run_dir.iterdir()}
     run_script(ppo, monkeypatch, "--play", run_dir)
     assert trained.startswith(capsys.readouterr().out)
@@ -440,6 +440,7 @@ def test_play_and_load_policy_give_the_summarys_returns(tmp_path, monkeypatch, c
     same_state(policy.state_dict(), trained.state_dict())
     env = gym.make("CartPole-v1")
     assert env.action_space.contains(policy.act(env.reset(seed=0)[0]))
+    assert isinstance(policy.act(env.reset(seed=0)[0]), np.integer)  # a number, as FrozenLake's table wants it
 
 
 def test_evaluation_of_what_never_ends_says_so(tmp_path, monkeypatch, capsys):
@@ -447,7 +448,7 @@ def test_evaluation_of_what_never_ends_says_so(tmp_path, monkeypatch, capsys):
     train_probe(tmp_path, "Forever", total_timesteps=100)
     means = ppo.evaluate(Args(env_id="probe_envs:Forever-v0", eval_episodes=3), tmp_path)
     assert means == {"eval_return_greedy": 50, "eval_return_sampled": 50}
-    assert "over 3 episodes, 3 of them unfinished" in capsys.readouterr().out
+    assert "3 episodes, 3 unfinished" in capsys.readouterr().out
 
 
 def test_evaluation_counts_one_episode_per_environment(tmp_path):
@@ -478,6 +479,7 @@ def test_videos_are_recorded(tmp_path, monkeypatch):
         (["--env-id", "not an id"], "not an id"),
         (["--env-id", "probe_envs:Dial-v0"], "--env-id probe_envs:Dial-v0"),
         (["--env-id", "probe_envs:Many-v0"], "--env-id probe_envs:Many-v0"),
+        (["--env-id", "probe_envs:Shapeless-v0"], "--env-id probe_envs:Shapeless-v0"),
         (["--env-id", "probe_envs:SameStep-v0"], "--env-id probe_envs:SameStep-v0"),
         (["--env-id", "Acrobot-v1", "--vectorization-mode", "vector_entry_point"], "vector entry point"),
         (["--num-envs", "0"], "--num-envs"),
@@ -492,6 +494,8 @@ def test_videos_are_recorded(tmp_path, monkeypatch):
         (["--max-grad-norm", "-1"], "--max-grad-norm"),
         (["--target-kl", "inf"], "--target-kl"),
         (["--seed", "-1"], "--seed"),
+        (["--ent-coef", "inf"], "--ent-coef"),
+        (["--vf-coef", "nan"], "--vf-coef"),
         (["--num-minibatches", "9", "--num-envs", "2", "--num-steps", "4"], "--num-minibatches"),
         (["--device", "cuda"], "--device cuda"),
         (["--resume", "nowhere"], "nowhere"),
