@@ -1,10 +1,10 @@
-"""Tests of ppo_char_lm_pizza.py: formulas, exact distributions over enumerable completions, a run that must find the
-closed-form optimum, and real runs that are killed, resumed and spread."""
+"""Tests of ppo_char_lm_pizza.py: formulas, exact distributions over completions that can be counted, a run that must
+find the closed-form optimum, and real runs that are killed, resumed and played."""
 
+import copy
 import itertools
 import json
 import math
-import os
 import re
 import signal
 import sys
@@ -15,14 +15,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    ROOT,
-    flags,
-    load_checkpoint,
+    mistake,
     read_metrics,
-    resume_as_printed,
-    run_main,
-    same_weights,
+    run_script,
+    same_state,
     start,
+    tensorboard_rows,
     wait_for_rows,
 )
 from hypothesis import given, settings
@@ -31,100 +29,79 @@ from matplotlib.axes import Axes
 from scipy.stats import chisquare
 
 import ppo_char_lm_pizza as ppo
-from ppo_char_lm_pizza import Args, CompletionBatch
+from ppo_char_lm_pizza import Args, Batch, encode
 
-SCRIPT = ROOT / "ppo_char_lm_pizza.py"
-SIZES = {"d_model": 16, "num_layers": 2, "num_heads": 2, "context_length": 32}
-QUICK = SIZES | {"num_sentences": 100, "pretrain_steps": 100, "pretrain_batch_size": 16, "pretrain_learning_rate": 0.01}
-QUICK |= {"target": "s", "eval_samples": 50, "torch_threads": 1}  # the letter that ends three foods
+FILES = {"config.json", "metrics.csv", "checkpoint.pt", "policy.pt", "pretrained.pt"}
 
 
-# -------------------------------------------------------------------------------------------------------------- helpers
+@pytest.fixture(scope="module")
+def pizza(tmp_path_factory):
+    """The folder of a run with default flags but for half the pretraining, which is all it takes."""
+    run_dir = tmp_path_factory.mktemp("runs") / "pizza"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_script(ppo, monkeypatch, "--run-dir", run_dir, "--pretrain-steps", 100)
+    return run_dir
 
 
-def random_lm(seed, letters="", sizes=SIZES):
-    """A language model whose predictions depend on all that it has read; if letters are given, it says nothing else."""
+def quick_run(run_dir, pizza, **flags):
+    """Two updates, for completions that end in s, as three foods do."""
+    few = {"episodes": 20, "batch_size": 10, "target": "s", "pretrained": str(pizza / "pretrained.pt")}
+    return ppo.train(Args(**few | flags), run_dir)
+
+
+def random_network(seed, letters="", outputs=30):
+    """A float64 network whose outputs depend on all that it has read; if letters are given, it says nothing else."""
     torch.manual_seed(seed)
-    lm = ppo.Transformer(len(ppo.CHARACTERS), **sizes)
+    network = ppo.Transformer(outputs, width=16, num_heads=2).double()
     with torch.no_grad():
-        lm.tokens.weight.normal_()
-        lm.positions.weight.normal_()
+        network.tokens.weight.normal_()
+        network.positions.weight.normal_()
         if letters:
-            lm.head.bias.fill_(-30.0)
-            lm.head.bias[ppo.encode(letters)] = 0.0
-    return lm.requires_grad_(False)
+            network.head.bias.fill_(-1e9)
+            network.head.bias[encode(letters)] = 0.0
+    return network
 
 
 def all_completions(letters, length):
     """All completions (N, length) with these letters, ended within length characters or cut off there."""
     texts = ["".join(t) for n in range(length + 1) for t in itertools.product(letters, repeat=n)]
     texts = [text + "E" if len(text) < length else text for text in texts]
-    return texts, torch.tensor([ppo.encode(text.ljust(length, "E")) for text in texts])
+    return texts, torch.stack([encode(text.ljust(length, "E")) for text in texts])
 
 
-def exact_log_probs(lm, prompt, completions):
-    """Log-probs (N,) of whole completions, summed in double precision."""
-    token_log_probs = ppo.chosen_log_probs(lm, prompt, completions).double()
-    return (token_log_probs * ppo.until_end(completions)).sum(-1)
+@torch.no_grad()
+def text_log_probs(policy, prompt, texts):
+    """Log-probs (N,) of whole texts, each by itself."""
+    sums = {}
+    for text in {*texts}:
+        tokens = encode("P" + prompt + text)
+        log_probs = policy(tokens[None, :-1])[0].double().log_softmax(-1)
+        sums[text] = log_probs[range(len(tokens) - 1), tokens[1:]][-len(text) :].sum()
+    return torch.stack([sums[text] for text in texts])
 
 
-def save_pretrained(path, lm, sizes=SIZES):
-    spec = {"sizes": sizes, "prompt": "a", "target": "a", "response_length": 3}
-    ppo.write_atomically(path, {"spec": spec, "weights": lm.state_dict()})
-
-
-def quick_run(tmp_path, **args):
-    """The directory of a quick run of two updates."""
-    ppo.train(Args(**{**QUICK, "run_dir": str(tmp_path / "run"), "episodes": 20, "batch_size": 10, **args}))
-    return tmp_path / "run"
-
-
-# ----------------------------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------------- text and networks
 
 
 def test_token_ids_are_the_documents():
-    assert ppo.encode("Pravin likes sala") == [0, 21, 4, 25, 12, 17, 3, 15, 12, 14, 8, 22, 3, 22, 4, 15, 4]
-    assert ppo.encode("Pravin likes pizz") == [0, 21, 4, 25, 12, 17, 3, 15, 12, 14, 8, 22, 3, 19, 12, 29, 29]
-    assert ppo.encode("E") == [ppo.END] == [1]
-    assert ppo.UNKNOWN == 2
+    assert encode("Pravin likes sala").tolist() == [0, 21, 4, 25, 12, 17, 3, 15, 12, 14, 8, 22, 3, 22, 4, 15, 4]
+    assert encode("Pravin likes pizz").tolist() == [0, 21, 4, 25, 12, 17, 3, 15, 12, 14, 8, 22, 3, 19, 12, 29, 29]
+    assert encode("E").tolist() == [ppo.END] == [1]
     assert len(ppo.CHARACTERS) == 30
 
 
-@pytest.mark.parametrize("text", ["Ravin", "pizza!", "crème", "?", "a\nb"])
-def test_unknown_characters(text):
-    with pytest.raises(ppo.UserError, match=f"{re.escape(repr(text))} has no token"):
-        ppo.encode(text)
-
-
-@settings(deadline=None, derandomize=True)
-@given(st.text("abcxyz ", max_size=20), st.lists(st.integers(0, 29), max_size=5))
-def test_decode_undoes_encode_and_stops_at_the_end(text, junk):
-    assert ppo.decode(ppo.encode(text)) == text
-    assert ppo.decode(ppo.encode(text + "E") + junk) == text + "E"
-
-
-def test_sentences_have_the_frequencies_that_the_docstring_names():
-    assert ppo.make_sentences(50, seed=3) == ppo.make_sentences(50, seed=3) != ppo.make_sentences(50, seed=4)
-    sentences = ppo.make_sentences(200_000, seed=3)
-    found = Counter(tuple(re.fullmatch("([a-z]+) likes ([a-z ]+)E", s).groups()) for s in sentences)
-    assert {name for name, _ in found} == set(ppo.NAMES)
-    assert {food for _, food in found} == set(ppo.FOODS)
-    assert len(ppo.FOODS) >= 8
-    expected = {}
-    for name, food in itertools.product(ppo.NAMES, ppo.FOODS):
-        share = 1 / 8 if name != "ravin" else 0.12 if food == "pizza" else 0.88 / 7
-        expected[name, food] = len(sentences) * share / len(ppo.NAMES)
-    assert chisquare([found[key] for key in expected], list(expected.values())).pvalue > 0.001
-
-
-# ------------------------------------------------------------------------------------------------------------- networks
+def test_texts_end_with_the_first_e():
+    tokens = torch.stack([encode("pizzaEsE"), encode("saladsoE"), encode("icecream"), encode("EEEEEEEE")])
+    assert ppo.decode(tokens) == ["pizzaE", "saladsoE", "icecream", "E"]
+    assert ppo.until_end(tokens).sum(-1).tolist() == [6, 8, 8, 1]
+    assert ppo.until_end(tokens)[0].tolist() == [True] * 6 + [False] * 2
 
 
 def test_transformer_equals_torchs_own():
     """The same weights in nn.TransformerEncoder (norms first, GELU, causal mask) give the same outputs."""
-    ours = random_lm(0)
+    ours = random_network(0)
     layer = torch.nn.TransformerEncoderLayer(16, 2, 64, 0.0, "gelu", batch_first=True, norm_first=True)
-    theirs = torch.nn.TransformerEncoder(layer, 2, norm=torch.nn.LayerNorm(16), enable_nested_tensor=False)
+    theirs = torch.nn.TransformerEncoder(layer, 2, norm=torch.nn.LayerNorm(16), enable_nested_tensor=False).double()
     names = {"attention_norm": "norm1", "mlp_norm": "norm2", "attention_out": "self_attn.out_proj", "mlp.0": "linear1"}
     names |= {"mlp.2": "linear2", "queries_keys_values.weight": "self_attn.in_proj_weight"}
     names |= {"queries_keys_values.bias": "self_attn.in_proj_bias", "blocks": "layers"}
@@ -137,79 +114,82 @@ def test_transformer_equals_torchs_own():
     theirs.load_state_dict(weights)
     tokens = torch.randint(30, (3, 11))
     x = own["tokens.weight"][tokens] + own["positions.weight"][:11]
-    mask = torch.nn.Transformer.generate_square_subsequent_mask(11)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(11).double()
     expected = theirs(x, mask=mask, is_causal=True) @ own["head.weight"].T + own["head.bias"]
-    torch.testing.assert_close(ours(tokens), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(tokens), expected)
+    assert torch.equal(ours.train()(tokens), ours.eval()(tokens))  # there is no dropout
 
 
 def test_no_token_sees_what_follows():
-    lm, tokens = random_lm(1), torch.randint(30, (1, 12))
+    network, tokens = random_network(1), torch.randint(30, (1, 12))
     changed = tokens.clone()
     changed[0, 7] = (tokens[0, 7] + 1) % 30
-    before, after = lm(tokens), lm(changed)
-    assert torch.equal(before[:, :7], after[:, :7])
-    assert ((before - after)[:, 7:].abs().amax(-1) > 1e-3).all()
+    difference = (network(tokens) - network(changed))[0].abs().amax(-1)
+    assert difference[:7].max() < 1e-9
+    assert difference[7:].min() > 1e-3
 
 
-def test_networks_have_no_training_mode():
-    critic = ppo.Transformer(1, **SIZES)
-    tokens = torch.randint(30, (2, 9))
-    assert torch.equal(critic.train()(tokens), critic.eval()(tokens))
+def test_outputs_belong_to_the_tokens_that_come_next():
+    """Log-probs, entropies and values of batched completions are those of each text by itself."""
+    policy, critic, prompt = random_network(2), random_network(3, outputs=1), "ab c"
+    completions = torch.randint(4, 30, (5, 6))
+    log_probs, entropies = ppo.evaluate_tokens(policy, encode("P" + prompt), completions)
+    values = ppo.at_completions(critic, encode("P" + prompt), completions)
+    assert values.shape == (5, 6, 1)
+    for b, t in itertools.product(range(5), range(6)):
+        before = torch.cat([encode("P" + prompt), completions[b, :t]])[None]
+        distribution = torch.distributions.Categorical(logits=policy(before)[0, -1])
+        torch.testing.assert_close(log_probs[b, t], distribution.log_prob(completions[b, t]))
+        torch.testing.assert_close(entropies[b, t], distribution.entropy())
+        torch.testing.assert_close(values[b, t], critic(before)[0, -1])
 
 
-# ------------------------------------------------------------------------------------------------------------- sampling
-
-
-def test_cached_sampler_and_full_pass_give_the_same_log_probs(monkeypatch):
-    lm, prompt = random_lm(2), torch.tensor(ppo.encode("Pab c"))
-    seen = []
-    lm.register_forward_hook(lambda module, inputs, logits: seen.append((inputs[0].shape[1], logits[:, -1])))
-    completions = ppo.sample_completions(lm, prompt, ppo.gumbel_noise(np.random.default_rng(0), 64, 12))
-    lengths, logits = zip(*seen)
-    assert lengths == (5,) + (1,) * (completions.shape[1] - 1)  # the prompt once, then one token per step
-    sampled = torch.stack(logits, 1).log_softmax(-1)  # (B, L, V)
-    scored = ppo.at_completions(lm, prompt, completions).log_softmax(-1)
-    torch.testing.assert_close(sampled, scored, rtol=0, atol=1e-5)
-
-
-def test_sampler_follows_the_models_exact_probabilities():
-    lm, prompt = random_lm(3, "abE"), torch.tensor(ppo.encode("Pa"))
-    texts, completions = all_completions("ab", 3)
-    expected = exact_log_probs(lm, prompt, completions).exp()
-    assert expected.sum() == pytest.approx(1, abs=1e-6)
-    noise = ppo.gumbel_noise(np.random.default_rng(1), 50_000, 3)
-    found = Counter(ppo.decode(tokens) for tokens in ppo.sample_completions(lm, prompt, noise).tolist())
+def test_samples_follow_the_exact_probabilities():
+    policy = random_network(3, "abE")
+    texts, _ = all_completions("ab", 3)
+    expected = text_log_probs(policy, "a", texts).exp()
+    assert expected.sum() == pytest.approx(1)
+    torch.manual_seed(0)
+    found = Counter(ppo.decode(ppo.sample_completions(policy, encode("Pa"), 20_000, 3)))
     assert set(found) <= set(texts)
-    counts = np.array([found[text] for text in texts])
-    assert chisquare(counts, expected.numpy() / expected.sum().item() * counts.sum()).pvalue > 0.001
+    assert chisquare([found[text] for text in texts], 20_000 * expected.numpy()).pvalue > 0.001
 
 
 def test_sampling_stops_with_the_longest_completion():
-    lm, prompt = random_lm(4), torch.tensor([ppo.START])
-    noise = torch.zeros(2, 9, 30)
-    noise[0, 1, ppo.END] = noise[1, 4, ppo.END] = 1e6
-    noise[0, [0, 2, 3], 10] = noise[1, :4, 11] = 1e6
-    noise[0, 4, 12] = 1e6
-    completions = ppo.sample_completions(lm, prompt, noise)
-    assert completions.tolist() == [[10, 1, 10, 10, 12], [11, 11, 11, 11, 1]]
-    assert ppo.until_end(completions).tolist() == [[True, True, False, False, False], [True] * 5]
+    policy = random_network(4, "abE")
+    for seed in range(5):
+        torch.manual_seed(seed)
+        completions = ppo.sample_completions(policy, encode("P"), 4, 30)
+        assert ppo.until_end(completions).sum(-1).max() == completions.shape[1] < 30
+    assert ppo.sample_completions(random_network(4, "ab"), encode("P"), 4, 30).shape == (4, 30)
 
 
-# ----------------------------------------------------------------------------------------------- rewards and advantages
+# --------------------------------------------------------------------------------------------------------- algorithm
 
 
 def test_external_reward():
-    for text in ("pizzaE", "pizza pizzaE", "xpizzaE"):
-        assert ppo.external_reward(text, "pizza", 4.0) == 4
-    for text in ("pizza", "pizzE", "pizzasE", "E", "pizzaP"):
-        assert ppo.external_reward(text, "pizza", 4.0) == 0
+    for text, reward in (("pizzaE", 3), ("pizza pizzaE", 3), ("pizza", 0), ("pizzE", 0), ("pizzasE", 0), ("E", 0)):
+        assert ppo.external_reward(text, Args(reward=3.0)) == reward
 
 
 def test_token_rewards_by_hand():
-    log_ratio = torch.tensor([[0.5, -1.0, 2.0], [1.0, 7.0, 7.0], [1.0, 2.0, 3.0]])
+    ref_kl = torch.tensor([[0.5, -1.0, 2.0], [1.0, 0.0, 0.0], [1.0, 2.0, 0.0]])
     mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
-    rewards = ppo.token_rewards(torch.tensor([4.0, 4.0, 0.0]), log_ratio, mask, kl_beta=0.1)
+    rewards = ppo.token_rewards(torch.tensor([4.0, 4.0, 0.0]), ref_kl, mask, kl_coef=0.1)
     torch.testing.assert_close(rewards, torch.tensor([[-0.05, 0.1, 3.8], [3.9, 0, 0], [-0.1, -0.2, 0]]))
+
+
+def test_expected_rewards_are_score_minus_kl():
+    """Over all completions, weighted by their probability: the sum of a completion's rewards, exactly."""
+    policy, reference, prompt = random_network(8, "abE"), random_network(9, "abE"), encode("Pb")
+    texts, completions = all_completions("ab", 4)
+    mask, scores = ppo.until_end(completions), torch.arange(len(texts)).double()
+    log_p, log_q = (text_log_probs(network, "b", texts) for network in (policy, reference))
+    kl = (log_p.exp() * (log_p - log_q)).sum()
+    assert kl > 0.1
+    log_probs, ref_log_probs = (ppo.evaluate_tokens(network, prompt, completions)[0] for network in (policy, reference))
+    rewards = ppo.token_rewards(scores, (log_probs - ref_log_probs) * mask, mask, 0.3)
+    torch.testing.assert_close(log_p.exp() @ rewards.sum(-1), log_p.exp() @ scores - 0.3 * kl)
 
 
 def masked_gae_by_definition(rewards, values, lengths, gamma, lam):
@@ -224,7 +204,7 @@ def masked_gae_by_definition(rewards, values, lengths, gamma, lam):
     return advantages
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=5), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**31))
 def test_masked_gae_equals_its_definition(lengths, gamma, lam, seed):
     rng = torch.Generator().manual_seed(seed)
@@ -241,520 +221,403 @@ def test_masked_gae_by_hand():
     assert ppo.masked_gae(rewards, values, mask, 0.5, 0.5).tolist() == [[0.5, 2.0], [2.0, 0.0]]
 
 
-# ------------------------------------------------------------------------------------------------------------- the loss
-
-
-def make_batch(lm, prompt, seed=0, rows=6):
-    """A batch of sampled completions with made-up old log-probs, advantages and returns, and their number of tokens."""
-    noise = ppo.gumbel_noise(np.random.default_rng(seed), rows, 8)
-    completions = ppo.sample_completions(lm, prompt, noise)
+def small_learner():
+    """Policy, critic, prompt and a batch of 6 completions whose ratios lie on both sides of the clip, in float64."""
+    policy, critic, prompt = random_network(5, "abcE"), random_network(6, outputs=1), encode("Pa")
+    torch.manual_seed(0)
+    completions = ppo.sample_completions(policy, prompt, 6, 8)
     mask = ppo.until_end(completions)
-    rng = torch.Generator().manual_seed(seed)
-    log_probs = ppo.chosen_log_probs(lm, prompt, completions).detach()[mask]
-    made_up = torch.randn(3, len(log_probs), generator=rng)
-    batch = CompletionBatch(completions, mask, log_probs + 0.3 * made_up[0], made_up[1], made_up[2])
-    return batch, len(log_probs)
+    assert 6 < mask.sum() < mask.numel()
+    log_probs = ppo.evaluate_tokens(policy, prompt, completions)[0].detach()[mask]
+    noise, advantages, returns = torch.randn(3, len(log_probs)).double()
+    return policy, critic, prompt, Batch(completions, mask, log_probs + 0.3 * noise, advantages, returns)
 
 
-def test_loss_equals_its_formula():
-    """Loss, parts and gradient against a loop over single tokens, each from a text of its own."""
-    lm, critic = random_lm(5, "abcE").requires_grad_(), ppo.Transformer(1, **SIZES)
-    prompt = torch.tensor(ppo.encode("Pa"))
-    batch, count = make_batch(lm, prompt)
-    assert not batch.mask.all()
-    loss, parts = ppo.completion_ppo_loss(lm, critic, prompt, batch, 2.0 * count, clip_coef=0.2)
-    loss.backward()
-    gradients = [p.grad.clone() for p in (*lm.parameters(), *critic.parameters())]
-    lm.zero_grad()
-    critic.zero_grad()
+def test_loss_figures_and_gradient_equal_their_formulas():
+    """Token by token, each from a text of its own."""
+    policy, critic, prompt, batch = small_learner()
+    parameters = [*policy.parameters(), *critic.parameters()]
+    loss, figures = ppo.ppo_loss(policy, critic, prompt, batch, Args(clip_coef=0.2))
+    gradients = torch.autograd.grad(loss, parameters)
+    assert not any(figure.requires_grad for figure in figures.values())
 
-    expected, i = 0.0, 0
+    sums, i = Counter(), 0
     for tokens in batch.completions.tolist():
         for t, token in enumerate(tokens[: tokens.index(ppo.END) + 1] if ppo.END in tokens else tokens):
             context = torch.tensor([prompt.tolist() + tokens[:t]])
-            probs = lm(context)[0, -1].softmax(-1)
-            value = critic(context)[0, -1, 0]
-            ratio = (probs[token].log() - batch.old_log_probs[i]).exp()
+            probs = policy(context)[0, -1].softmax(-1)
+            ratio = (probs[token].log() - batch.log_probs[i]).exp()
             clipped = min(max(ratio.item(), 0.8), 1.2)
             advantage = batch.advantages[i]
-            unclipped_counts = ratio * advantage <= clipped * advantage
-            policy_loss = -(ratio if unclipped_counts else clipped) * advantage
-            squared_error = (value - batch.returns[i]) ** 2
-            entropy = -(probs * probs.log()).sum()
-            for name, part in (("policy_loss", policy_loss), ("critic_mse", squared_error), ("entropy", entropy)):
-                assert parts[name][i].item() == pytest.approx(part.item(), rel=1e-4, abs=1e-5)
-            assert parts["log_ratio"][i].item() == pytest.approx(ratio.log().item(), abs=1e-5)
-            expected, i = expected + policy_loss + 0.5 * squared_error, i + 1
-    assert i == count
-    expected = expected / (2 * count)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    expected.backward()
-    for gradient, p in zip(gradients, (*lm.parameters(), *critic.parameters()), strict=True):
-        torch.testing.assert_close(gradient, p.grad, rtol=1e-3, atol=1e-6)
+            counts = ratio * advantage <= clipped * advantage
+            sums["policy_loss"] += -(ratio if counts else clipped) * advantage
+            sums["critic_mse"] += (critic(context)[0, -1, 0] - batch.returns[i]) ** 2
+            sums["entropy"] += -(probs.clamp(min=1e-99).log() * probs).sum()
+            sums["approx_kl"] += ratio - 1 - ratio.log()
+            sums["clipfrac"] += float(clipped != ratio)
+            i += 1
+    assert i == len(batch.returns)
+    assert 0.1 < sums["clipfrac"] / i < 0.9
+    for name, figure in figures.items():
+        torch.testing.assert_close(figure.double(), torch.as_tensor(sums[name] / i).double())
+    expected = (sums["policy_loss"] + sums["critic_mse"]) / i
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
-def test_junk_after_the_end_changes_nothing():
-    """What stands behind the end token reaches no reward, advantage, loss, metric or gradient."""
-    lm, critic = random_lm(6, "abcE").requires_grad_(), random_lm(7).requires_grad_()
-    critic.head = torch.nn.Linear(16, 1)
-    prompt = torch.tensor(ppo.encode("Pab"))
-    batch, count = make_batch(lm, prompt)
-    junk = torch.where(batch.mask, batch.completions, torch.randint_like(batch.completions, 30))
+def test_what_stands_behind_the_end_changes_nothing():
+    policy, critic, prompt, batch = small_learner()
+    junk = torch.where(batch.mask, batch.completions, torch.randint(30, batch.mask.shape))
     assert (junk != batch.completions).sum() > 5
+    assert ppo.decode(junk) == ppo.decode(batch.completions)
     assert torch.equal(ppo.until_end(junk), batch.mask)
-    results = []
-    for completions in (batch.completions, junk):
-        mask = ppo.until_end(completions)
-        with torch.no_grad():
-            log_ratio = ppo.chosen_log_probs(lm, prompt, completions) + 1
-            values = ppo.at_completions(critic, prompt, completions).squeeze(-1)
-        texts = [ppo.decode(tokens) for tokens in completions.tolist()]
-        rewards = ppo.token_rewards(torch.arange(6.0), log_ratio, mask, 0.1)
-        advantages = ppo.masked_gae(rewards, values, mask, 1.0, 0.95)
-        lm.zero_grad()
-        critic.zero_grad()
-        loss, parts = ppo.completion_ppo_loss(lm, critic, prompt, batch._replace(completions=completions), count, 0.2)
-        loss.backward()
-        gradients = [p.grad.clone() for p in (*lm.parameters(), *critic.parameters())]
-        results.append((texts, [rewards, advantages, loss, *parts.values(), *gradients]))
-    assert results[0][0] == results[1][0]
-    for a, b in zip(results[0][1], results[1][1], strict=True):
-        assert torch.equal(a, b)
-
-
-def test_means_of_the_kl_estimators_equal_the_exact_kl():
-    """Over all completions, weighted by their probability: k1 and k3 of completions, and k1 summed over tokens."""
-    lm, reference, prompt = random_lm(8, "abE"), random_lm(9, "abE"), torch.tensor(ppo.encode("Pb"))
-    _, completions = all_completions("ab", 4)
-    mask = ppo.until_end(completions)
-    log_p, log_q = (exact_log_probs(model, prompt, completions) for model in (lm, reference))
-    exact = (log_p.exp() * (log_p - log_q)).sum().item()
-    assert exact > 0.1
-    k1, k3 = ppo.kl_estimates(log_q - log_p)
-    assert (log_p.exp() * k1).sum().item() == pytest.approx(exact, rel=1e-6)
-    assert (log_p.exp() * k3).sum().item() == pytest.approx(exact, rel=1e-5)
-    log_ratio = [ppo.chosen_log_probs(model, prompt, completions) for model in (lm, reference)]
-    rewards = ppo.token_rewards(torch.zeros(len(mask)), log_ratio[0] - log_ratio[1], mask, kl_beta=1.0)
-    assert (log_p.exp() * rewards.sum(-1)).sum().item() == pytest.approx(-exact, rel=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------- the optimum
+    losses = [ppo.ppo_loss(policy, critic, prompt, batch._replace(completions=x), Args())[0] for x in (batch[0], junk)]
+    torch.testing.assert_close(*losses)
+    values = torch.randn(batch.mask.shape).double()
+    advantages = [
+        ppo.masked_gae(
+            ppo.token_rewards(torch.arange(6), values * batch.mask, batch.mask, 0.1), x, batch.mask, 0.9, 0.9
+        )
+        for x in (values, torch.where(batch.mask, values, 7.0))
+    ]
+    assert torch.equal(*advantages)
 
 
 def test_optimal_objective_is_the_maximum():
-    """Against a search over all policies, which for this reward differ only in the probability of the target."""
+    """Against a search over all policies, which for this reward differ only in the probability of earning it."""
     for p, reward, beta in ((0.12, 4.0, 0.1), (0.3, 1.0, 1.0), (0.01, 2.0, 0.5)):
         x = np.linspace(1e-9, 1 - 1e-9, 2_000_001)
         objective = reward * x - beta * (x * np.log(x / p) + (1 - x) * np.log((1 - x) / (1 - p)))
-        assert ppo.optimal_objective(math.log(p), reward, beta) == pytest.approx(objective.max(), abs=1e-6)
-    assert ppo.optimal_objective(math.log(0.12), 4.0, 0.0) == 4
-    for log_p in (0.0, -1e-17, 1e-3):  # as good as certain; an estimate may be above
-        assert ppo.optimal_objective(log_p, 4.0, 0.1) == pytest.approx(4, abs=1e-3)
+        assert ppo.optimal_objective(p, reward, beta) == pytest.approx(objective.max(), abs=1e-6)
+    assert ppo.optimal_objective(0.12, 4.0, 0.0) == ppo.optimal_objective(1.0, 4.0, 0.1) == 4
+    assert ppo.optimal_objective(0.5, 4.0, 1e-3) == pytest.approx(4 - 1e-3 * math.log(2))  # e^4000 would overflow
 
 
-def test_ppo_finds_the_closed_form_optimum(tmp_path):
-    """40 completions of letters a, b, c: the trained policy is pi_ref exp(r / beta) / Z within 1 % of probability."""
-    sizes = {"d_model": 16, "num_layers": 1, "num_heads": 2, "context_length": 8}
-    save_pretrained(tmp_path / "pretrained.pt", random_lm(1, "abcE", sizes), sizes)
-    args = {"pretrained": str(tmp_path / "pretrained.pt"), "prompt": "a", "target": "ab", "response_length": 3}
-    args |= {"kl_beta": 1.0, "episodes": 16_000, "batch_size": 100, "update_epochs": 2, "torch_threads": 1}
-    args |= {"learning_rate": 1e-2, "critic_learning_rate": 1e-2, "checkpoint_interval": 1000}
-    summary = ppo.train(Args(run_dir=str(tmp_path / "run"), **args))
+def test_ppo_finds_the_closed_form_optimum(tmp_path, monkeypatch):
+    """40 completions of letters a, b, c: the trained policy is pi_ref exp(r / beta) / Z within 2 % of probability."""
+    monkeypatch.setattr(ppo.Transformer.__init__, "__defaults__", (16, 1, 2))  # smaller networks
+    reference = ppo.Transformer(30)
+    reference.load_state_dict(random_network(1, "abcE").float().state_dict(), strict=False)
+    ppo.save(tmp_path / "pretrained.pt", policy=reference.state_dict())
+    flags = {"pretrained": str(tmp_path / "pretrained.pt"), "prompt": "a", "target": "ab", "response_length": 3}
+    flags |= {"kl_beta": 1.0, "episodes": 16_000, "batch_size": 100, "update_epochs": 2, "checkpoint_interval": 1000}
+    args = Args(learning_rate=3e-3, critic_learning_rate=1e-2, **flags)
+    ppo.train(args, tmp_path / "run")
+    summary = ppo.evaluate(args, tmp_path / "run")
 
-    policy, reference = ppo.load_policy(tmp_path / "run"), ppo.load_policy(tmp_path / "pretrained.pt")
-    prompt, (texts, completions) = torch.tensor(ppo.encode("Pa")), all_completions("abc", 3)
-    with torch.no_grad():
-        log_p, log_q = (exact_log_probs(model.lm, prompt, completions) for model in (policy, reference))
-    reward = torch.tensor([4.0 * (text == "abE") for text in texts], dtype=torch.float64)
-    log_z = (log_q + reward).logsumexp(0)
-    optimum = (log_q + reward - log_z).exp()
-    assert log_q.exp()[texts.index("abE")] < 0.02 < 0.1 < optimum[texts.index("abE")]
-    assert (log_p.exp() - optimum).abs().sum() / 2 < 0.01  # total variation
-    objective = (log_p.exp() * (reward - log_p + log_q)).sum()
+    texts, _ = all_completions("abc", 3)
+    log_p, log_q = (text_log_probs(network, "a", texts) for network in (ppo.load_policy(tmp_path / "run"), reference))
+    scores = torch.tensor([4.0 * (text == "abE") for text in texts]).double()
+    log_z = (log_q + scores).logsumexp(0)
+    optimum = (log_q + scores - log_z).exp()
+    target = texts.index("abE")
+    assert log_q[target].exp() < 0.05 < 0.4 < optimum[target]
+    assert (log_p.exp() - optimum).abs().sum() / 2 < 0.02  # total variation
+    objective = (log_p.exp() * (scores - log_p + log_q)).sum()
     assert objective.item() == pytest.approx(log_z.item(), rel=0.01)
     assert summary["objective_optimum"] == pytest.approx(log_z.item(), rel=1e-4)
-    assert summary["kl_floor"] == pytest.approx(-log_q[texts.index("abE")].item(), abs=1e-5)
-    exact_kl = (log_p.exp() * (log_p - log_q)).sum().item()
-    assert summary["kl_per_completion"] == pytest.approx(exact_kl, abs=0.15)  # of 1,000 samples
-    assert summary["pizza_rate"] == pytest.approx(log_p.exp()[texts.index("abE")].item(), abs=0.05)
+    assert summary["kl_floor"] == pytest.approx(-log_q[target].item(), abs=1e-4)
+    assert summary["kl_per_completion"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), abs=0.15)
+    assert summary["pizza_rate"] == pytest.approx(log_p[target].exp().item(), abs=0.05)
 
 
-# ------------------------------------------------------------------------------------------------------------ real runs
+# ---------------------------------------------------------------------------------------- what a run learns and leaves
 
 
-def test_before_the_first_step_ratio_is_one_and_kl_is_zero(tmp_path, monkeypatch):
-    """The critic is zero then, too, on the body of the pretrained model; and the first loss of each update is that of
-    the policy that made the completions."""
-    calls, bodies = [], []
-    original = ppo.completion_ppo_loss
-
-    def spy(lm, critic, prompt, batch, *rest):
-        calls.append((batch, ppo.at_completions(critic, prompt, batch.completions).detach()))
-        bodies.append([[w.clone() for n, w in m.state_dict().items() if "head" not in n] for m in (lm, critic)])
-        loss, parts = original(lm, critic, prompt, batch, *rest)
-        calls[-1] += (parts,)
-        return loss, parts
-
-    monkeypatch.setattr(ppo, "completion_ppo_loss", spy)
-    run_dir = quick_run(tmp_path, update_epochs=3)
-    rows = read_metrics(run_dir)
-    assert len(calls) == 6
-    assert not calls[0][1].any()
-    assert all(torch.equal(a, b) for a, b in zip(*bodies[0], strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(*bodies[1], strict=True))
-    for i in (0, 3):  # the first step of each update
-        assert not calls[i][2]["log_ratio"].any()
-    assert calls[1][2]["log_ratio"].abs().max() > 1e-6
-    assert abs(float(rows[0]["charts/kl_per_completion"])) < 1e-6
-    assert abs(float(rows[0]["charts/kl_per_token"])) < 1e-6
-    assert float(rows[1]["charts/kl_per_completion"]) != 0
+def test_default_run_comes_to_like_pizza(pizza):
+    summary = json.loads((pizza / "summary.json").read_text())
+    assert 0.08 < summary["pizza_rate_before"] < 0.18
+    assert summary["pizza_rate"] >= 0.97
+    assert 0.85 < summary["kl_per_completion"] / summary["kl_floor"] < 1.15
+    reference = ppo.load_policy(pizza / "pretrained.pt")
+    assert summary["kl_floor"] == pytest.approx(-text_log_probs(reference, "ravin likes ", ["pizzaE"]).item(), abs=0.02)
+    assert summary["objective"] == pytest.approx(4 * summary["pizza_rate"] - 0.1 * summary["kl_per_completion"])
+    assert summary["objective_share"] == pytest.approx(summary["objective"] / summary["objective_optimum"])
+    assert 0.95 < summary["objective_share"] < 1.01
+    assert summary["seconds"] > summary["ppo_seconds"] > 0
+    assert len(summary) == 10
+    assert summary["global_step"] == 300
 
 
-def test_metrics_are_those_of_the_batch(tmp_path, monkeypatch):
-    """Columns of metrics.csv, recomputed from completions, rewards and losses of the run."""
-    seen = {"rewards": [], "parts": []}
-    token_rewards, loss_fn = ppo.token_rewards, ppo.completion_ppo_loss
-
-    def spy_rewards(external, kl, mask, kl_beta):
-        rewards = token_rewards(external, kl, mask, kl_beta)
-        seen["rewards"].append((external, kl, mask))
-        return rewards
-
-    def spy_loss(*args):
-        loss, parts = loss_fn(*args)
-        seen["parts"].append((parts, args[3]))
-        return loss, parts
-
-    monkeypatch.setattr(ppo, "token_rewards", spy_rewards)
-    monkeypatch.setattr(ppo, "completion_ppo_loss", spy_loss)
-    run_dir = quick_run(tmp_path, reward=2.0, learning_rate=0.01, episodes=30)
-    rows = read_metrics(run_dir)
-    assert [row["global_step"] for row in rows] == ["10", "20", "30"]
-    assert any(float(row["losses/clipfrac"]) > 0 for row in rows)
-    for i, row in enumerate(rows):
-        external, log_ratio_ref, mask = seen["rewards"][i]
-        mine = {
-            "charts/external_reward": external.mean(),
-            "charts/pizza_rate": (external == 2).float().mean(),
-            "charts/total_reward": external.mean() - 0.1 * log_ratio_ref[mask].sum() / 10,
-            "charts/kl_per_completion": log_ratio_ref[mask].sum() / 10,
-            "charts/kl_per_token": log_ratio_ref[mask].mean(),
-            "charts/response_length": mask.sum() / 10,
-            "charts/learning_rate": torch.tensor(0.01 * (1 - i / 3)),
-        }
-        parts = [parts for parts, _ in seen["parts"][4 * i : 4 * i + 4]]
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        ratio = joined["log_ratio"].exp()
-        mine |= {f"losses/{name}": joined[name].mean() for name in ("policy_loss", "critic_mse", "entropy")}
-        mine |= {"losses/clipfrac": ((ratio > 1.2) | (ratio < 0.8)).float().mean()}
-        mine |= {"losses/approx_kl": (ratio - 1 - ratio.log()).mean(), "losses/old_approx_kl": -ratio.log().mean()}
-        for name, value in mine.items():
-            assert float(row[name]) == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
-        batch = seen["parts"][4 * i][1]
-        values = batch.returns - batch.advantages
-        assert torch.allclose(values, torch.zeros_like(values), atol=1e-6) == (i == 0)
+def test_pretrained_model_likes_everything_equally(pizza):
+    reference = ppo.load_policy(pizza / "pretrained.pt")
+    for name in ("ravin", "mira", "wilhelmina"):
+        probabilities = text_log_probs(reference, f"{name} likes ", [food + "E" for food in ppo.FOODS]).exp()
+        assert len(ppo.FOODS) == 8
+        torch.testing.assert_close(probabilities, torch.full((8,), 1 / 8).double(), atol=0.03, rtol=0)
 
 
-def test_clipped_gradients_and_falling_learning_rates(tmp_path, monkeypatch):
-    steps = []
-    adam_step = torch.optim.Adam.step
-
-    def spy(self, *args):
-        group = self.param_groups[0]
-        steps.append((group["lr"], group["eps"], group["params"][0].grad.norm().item()))
-        return adam_step(self, *args)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    args = {"learning_rate": 1e-3, "critic_learning_rate": 4e-3, "update_epochs": 1, "max_grad_norm": 1e-3}
-    quick_run(tmp_path, **args, batch_size=5)
-    pretraining, policy, critic = steps[:100], steps[100::2], steps[101::2]
-    assert [lr for lr, _, _ in pretraining] == pytest.approx([0.01 * (1 - i / 100) for i in range(100)])
-    assert [lr for lr, _, _ in policy] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
-    assert [lr for lr, _, _ in critic] == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3])
-    assert {eps for _, eps, _ in policy + critic} == {1e-5}
-    assert max(norm for _, _, norm in policy + critic) <= 1e-3 * (1 + 1e-4)
-    assert critic[0][2] == pytest.approx(1e-3, rel=1e-2)
-    steps.clear()
-    monkeypatch.chdir(tmp_path)
-    quick_run(tmp_path / "flat", **args, anneal_lr=False)
-    assert {lr for lr, _, _ in steps[100:]} == {1e-3, 4e-3}
+def test_critic_comes_to_value_pizza(pizza):
+    """The prefixes of the document: all are worth 0 at first; afterwards what leads to pizza is worth 4 less its KL."""
+    policy, critic = ppo.load_policy(pizza), ppo.make_critic(ppo.load_policy(pizza))
+    texts = ["Pravin likes ", "Pravin likes p", "Pravin likes piz", "Pravin likes pizz"]
+    assert not any(critic(encode(text)[None]).any() for text in texts)
+    same_state(policy.blocks.state_dict(), critic.blocks.state_dict())
+    ppo.load(pizza / "checkpoint.pt", critic=critic)
+    values = [critic(encode(text)[None])[0, -1, 0].item() for text in texts]
+    assert values == pytest.approx([3.75, 3.95, 3.95, 3.95], abs=0.3)
 
 
-def test_the_reference_stays(tmp_path):
-    """pretrained.pt is the model that PPO started from; policy.pt is another; the KL between them is the summary's."""
-    run_dir = quick_run(tmp_path, learning_rate=1e-2, eval_samples=200)
-    policy, pretrained = ppo.load_policy(run_dir), ppo.load_policy(run_dir / "pretrained.pt")
-    weights = [model.lm.state_dict() for model in (policy, pretrained)]
-    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    (seed,) = ppo.derive_seeds(1, 2**32 - 1, 1)
-    completions = policy.sample(200, np.random.default_rng(seed))
-    kl = exact_log_probs(policy.lm, policy.prompt, completions)
-    kl -= exact_log_probs(pretrained.lm, policy.prompt, completions)
-    summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["kl_per_completion"] == pytest.approx(kl.mean().item(), rel=1e-4)
-    assert summary["kl_per_completion"] > 0.01
+def test_files_of_a_run(pizza):
+    policies = {f"policy_episode_{n}.pt" for n in (100, 200, 300)}
+    figures = {"metrics.png", "critic_values.png"}
+    found = {path.name for path in pizza.iterdir() if "tfevents" not in path.name}
+    assert found == FILES | policies | figures | {"summary.json"}
+    same_state(*(ppo.load(pizza / name)["policy"] for name in ("policy.pt", "policy_episode_300.pt")))
+    rows = read_metrics(pizza)
+    assert [int(row["global_step"]) for row in rows] == list(range(20, 301, 20))
+    for name in rows[0]:
+        logged = tensorboard_rows(pizza, name)
+        assert logged == [(int(row["global_step"]), pytest.approx(float(row[name]))) for row in rows]
 
 
-def test_what_a_run_leaves(tmp_path, capsys):
-    """Files, figures, texts and summary of a run whose batches do not divide the hundreds."""
-    run_dir = quick_run(tmp_path, episodes=210, batch_size=40, update_epochs=1)
-    names = {path.name for path in run_dir.iterdir() if not path.name.startswith("events")}
-    assert names == {
-        *("config.json", "metrics.csv", "checkpoint.pt", "summary.json", "pretrained.pt", "policy.pt"),
-        *("policy_episode_120.pt", "policy_episode_200.pt", "metrics.png", "critic_values.png"),
-    }
-    assert [row["global_step"] for row in read_metrics(run_dir)] == ["40", "80", "120", "160", "200", "210"]
-    summary = json.loads((run_dir / "summary.json").read_text())
-    wanted = "script task seed global_step seconds steps_per_second pizza_rate_before pizza_rate kl_per_completion "
-    wanted += "kl_floor objective objective_optimum objective_share ppo_seconds"
-    assert set(summary) == set(wanted.split())
-    assert all(isinstance(value, str) or math.isfinite(value) for value in summary.values())
-    objective = 4 * summary["pizza_rate"] - 0.1 * summary["kl_per_completion"]
-    assert summary["objective"] == pytest.approx(objective)
-    assert summary["objective_share"] == pytest.approx(objective / summary["objective_optimum"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("before PPO: ")
-    assert lines[-2].startswith("after PPO: ")
-    assert str(run_dir) in lines[-1]
-    for name in ("metrics.png", "critic_values.png"):
-        assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_tensorboard_holds_the_same_figures_and_the_completions(tmp_path, capsys):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run_dir = quick_run(tmp_path, learning_rate=1e-2)
-    printed = capsys.readouterr().out
-    events = EventAccumulator(str(run_dir)).Reload()
-    for name in read_metrics(run_dir)[0]:
-        logged = [(event.step, event.value) for event in events.Scalars(name)]
-        rows = [(int(row["global_step"]), pytest.approx(float(row[name]))) for row in read_metrics(run_dir)]
-        assert logged == rows
-    for when, step in (("before", 0), ("after", 20)):
-        (event,) = events.Tensors(f"completions/{when}/text_summary")
-        assert event.step == step
-        shown = event.tensor_proto.string_val[0].decode().split("  \n")
-        assert len(shown) == 30
-        assert f"{when} PPO: {', '.join(text.removeprefix('ravin likes ') for text in shown[:10])}, ...\n" in printed
+def test_play_shows_a_policy_of_the_way(pizza, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in pizza.iterdir()}
+    run_script(ppo, monkeypatch, "--play", pizza / "policy_episode_100.pt", "--eval-samples", 300)
+    first, *lines = capsys.readouterr().out.splitlines()
+    policy = ppo.load_policy(pizza / "policy_episode_100.pt")
+    torch.manual_seed(1)
+    texts = ppo.decode(ppo.sample_completions(policy, encode("Pravin likes "), 300, 20))
+    assert [line.removeprefix("    ravin likes ") for line in lines] == texts[:10]
+    assert f"{sum(text.endswith('pizzaE') for text in texts) / 300:.1%} of 300 completions end in pizza" in first
+    run_script(ppo, monkeypatch, "--play", pizza, "--target", "soda", "--prompt", "bo likes ", "--seed", 2)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.endswith("of 1000 completions end in soda")
+    assert all(line.startswith("    bo likes ") for line in lines)
+    assert {path: path.read_bytes() for path in pizza.iterdir()} == before
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Collects {label: values} of the lines that are drawn of the critics."""
-    lines, plot = {}, Axes.plot
+    """Collects (title of the panel, label, y values) of all that is drawn."""
+    lines, plot, axhline = [], Axes.plot, Axes.axhline
 
-    def spy(self, *args, **kwargs):
-        if "PPO" in kwargs["label"]:
-            lines[kwargs["label"]] = args[0]
-        return plot(self, *args, **kwargs)
+    def spied_plot(axes, *args, label, **options):
+        lines.append((axes.get_title(), label, torch.as_tensor(args[-1 - isinstance(args[-1], str)]).tolist()))
+        return plot(axes, *args, label=label, **options)
 
-    monkeypatch.setattr(Axes, "plot", spy)
+    def spied_axhline(axes, y, *, label, **options):
+        lines.append((axes.get_title(), label, y))
+        return axhline(axes, y, label=label, **options)
+
+    monkeypatch.setattr(Axes, "plot", spied_plot)
+    monkeypatch.setattr(Axes, "axhline", spied_axhline)
     return lines
 
 
-def test_critic_values_are_drawn_over_the_documents_texts(tmp_path, drawn):
-    critics = {}
-    for seed, when in enumerate(("before", "after")):
-        torch.manual_seed(seed)
-        critics[when] = ppo.Transformer(1, **SIZES)
-    ppo.draw_critic_values(tmp_path, "ravin likes ", "pizza", critics)
-    assert (tmp_path / "critic_values.png").read_bytes().startswith(b"\x89PNG")
-    texts = ("Pravin likes sala", "Pravin likes pizz")
-    assert list(drawn) == [f'"{text}" {when} PPO' for when in critics for text in texts]
-    for when, critic in critics.items():
-        for text in texts:
-            values = critic(torch.tensor([ppo.encode(text)]))[0, :, 0].tolist()
-            assert drawn[f'"{text}" {when} PPO'] == pytest.approx(values, abs=1e-6)
-    drawn.clear()
-    ppo.draw_critic_values(tmp_path, "mira ", "salad", critics)
-    assert [label.split('"')[1] for label in drawn] == ["Pmira pizz", "Pmira sala"] * 2
-
-
-def test_critic_values_are_those_before_and_after(tmp_path, drawn):
-    run_dir = quick_run(tmp_path)
-    assert drawn['"Pravin likes sala" before PPO'] == [0.0] * 17
-    critic = ppo.Transformer(1, **SIZES)
-    ppo.flatten_parameters(critic).data.copy_(load_checkpoint(run_dir)["critic_parameters"])
-    values = critic(torch.tensor([ppo.encode("Pravin likes sala")]))[0, :, 0].tolist()
-    assert drawn['"Pravin likes sala" after PPO'] == pytest.approx(values, abs=1e-6)
-    assert max(map(abs, values)) > 0.01
-
-
-def test_play_prints_completions_and_their_rate(tmp_path, monkeypatch, capsys):
-    run_dir = quick_run(tmp_path, episodes=200, batch_size=100, anneal_lr=False)
-    short = quick_run(tmp_path / "short", episodes=100, batch_size=100, anneal_lr=False)
-    paths = run_dir / "policy_episode_100.pt", short / "policy.pt", run_dir / "policy.pt"
-    after_100, as_short, after_200 = (
-        torch.cat([*map(torch.flatten, ppo.load_saved(p)["weights"].values())]) for p in paths
-    )
-    assert torch.equal(after_100, as_short)
-    assert not torch.equal(after_100, after_200)
-    argv = ["ppo", "--play", str(paths[0]), "--eval-samples", "400", "--torch-threads", "1"]
-    monkeypatch.setattr(sys, "argv", argv)
-    capsys.readouterr()
-    ppo.main()
-    *lines, last = capsys.readouterr().out.splitlines()
-    assert len(lines) == 20
-    assert all(line.startswith("ravin likes ") for line in lines)
-    texts = ppo.load_policy(paths[0]).complete(400, np.random.default_rng(1))
-    assert [line.removeprefix("ravin likes ") for line in lines] == texts[:20]
-    rate = sum(text.endswith("sE") for text in texts) / 400
-    low, high = ppo.wilson_interval(rate, 400)
-    assert last == f"s: {rate:.1%} of 400 (95 % interval {low:.1%} to {high:.1%})"
-
-
-def test_wilson_interval_equals_scipys():
-    from scipy.stats import binomtest
-
-    for successes, count in ((0, 10), (12, 100), (81, 100), (1000, 1000)):
-        theirs = binomtest(successes, count).proportion_ci(method="wilson")
-        assert ppo.wilson_interval(successes / count, count) == pytest.approx((theirs.low, theirs.high), abs=1e-4)
-
-
-def test_pretraining_learns_the_sentences(tmp_path, capsys):
-    """300 steps with small networks: most completions are foods, and the printed probability is the model's."""
-    args = {"pretrain_only": True, "d_model": 32, "pretrain_batch_size": 64, "num_sentences": 2000}
-    run_dir = quick_run(tmp_path, **args, target="pizza", pretrain_steps=300, eval_samples=300)
-    policy = ppo.load_policy(run_dir / "pretrained.pt")
-    texts = policy.complete(500, np.random.default_rng(0))
-    assert sum(text.removesuffix("E") in ppo.FOODS for text in texts) > 350
-    target = torch.tensor([ppo.encode("pizzaE")])
-    log_p = exact_log_probs(policy.lm, policy.prompt, target).item()
-    assert 0.05 < math.exp(log_p) < 0.25
-    summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["kl_floor"] == pytest.approx(-log_p, abs=0.2)
-    assert math.exp(-summary["kl_floor"]) >= math.exp(log_p) - 1e-6
-    assert summary["pizza_rate_before"] == pytest.approx(math.exp(log_p), abs=0.08)
-    assert not (run_dir / "metrics.csv").exists()
-    assert not (run_dir / "policy.pt").exists()
-    assert f"saved as {run_dir}/pretrained.pt" in capsys.readouterr().out
-
-
-def test_pretraining_loss_by_hand(tmp_path, capsys):
-    """The first step's loss: nats per character of the batch's sentences, end tokens included."""
-    quick_run(tmp_path, pretrain_only=True, pretrain_steps=1)
-    shown = float(re.search("pretraining loss (.*) nats", capsys.readouterr().err)[1])
-    torch.manual_seed(1)
-    lm = ppo.Transformer(30, **SIZES)
-    sentences = ppo.make_sentences(100, seed=1)
-    nats, count = 0.0, 0
-    for i in np.random.default_rng((1, 0)).integers(100, size=16):
-        tokens = torch.tensor([ppo.encode("P" + sentences[i])])
-        log_probs = lm(tokens)[0, :-1].log_softmax(-1)
-        nats -= log_probs[range(tokens.shape[1] - 1), tokens[0, 1:]].sum().item()
-        count += len(sentences[i])
-    assert shown == pytest.approx(nats / count, abs=6e-4)
-
-
-def test_optimum_counts_all_completions_that_earn_the_reward(tmp_path):
-    """After "a", tokens a, b and E: what ends in "b" is mostly longer than "b", and no policy beats the optimum."""
-    save_pretrained(tmp_path / "pretrained.pt", random_lm(3, "abE"))
-    args = {"pretrained": str(tmp_path / "pretrained.pt"), "prompt": "a", "target": "b", "response_length": 5}
-    run_dir = quick_run(tmp_path, **args, eval_samples=20_000, kl_beta=1.0)
-    reference, (texts, completions) = ppo.load_policy(run_dir / "pretrained.pt"), all_completions("ab", 5)
-    probabilities = exact_log_probs(reference.lm, reference.prompt, completions).exp()
-    earning = torch.tensor([text.endswith("bE") for text in texts])
-    assert probabilities[texts.index("bE")] < 0.5 * probabilities[earning].sum()
-    summary = json.loads((run_dir / "summary.json").read_text())
-    assert math.exp(-summary["kl_floor"]) == pytest.approx(probabilities[earning].sum().item(), abs=0.02)
-    log_z = (probabilities * (4.0 * earning).exp()).sum().log().item()
-    assert summary["objective_optimum"] == pytest.approx(log_z, abs=0.1)
-
-
-def test_metrics_are_drawn_with_their_means_so_far(tmp_path, monkeypatch):
-    lines, plot = [], Axes.plot
-
-    def spy(self, *args, **kwargs):
-        lines.append((kwargs["label"], [list(map(float, x)) for x in args]))
-        return plot(self, *args, **kwargs)
-
-    monkeypatch.setattr(Axes, "plot", spy)
-    (tmp_path / "metrics.csv").write_text("global_step,charts/a,time/b,losses/c\n5,1.0,7,0\n10,2.0,7,0\n15,6.0,7,3\n")
-    ppo.draw_metrics(tmp_path)
-    assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
-    assert lines == [
-        ("each update", [[5, 10, 15], [1, 2, 6]]),
-        ("mean so far", [[5, 10, 15], [1, 1.5, 3]]),
-        ("each update", [[5, 10, 15], [0, 0, 3]]),
-        ("mean so far", [[5, 10, 15], [0, 0, 1]]),
+def test_metrics_are_drawn_with_their_means_and_limits(tmp_path, drawn):
+    rows = "global_step,losses/a,charts/kl_per_completion\n5,1.0,0.0\n10,2.0,0.0\n15,6.0,3.0\n"
+    (tmp_path / "metrics.csv").write_text(rows)
+    ppo.draw_metrics(tmp_path, {"kl_floor": 2.1, "objective_optimum": 3.8})
+    kl = "charts/kl_per_completion"
+    assert [line[1:] for line in drawn if line[0] == "losses/a"] == [
+        ("of an iteration", [1, 2, 6]),
+        ("mean so far", [1, 1.5, 3]),
     ]
+    assert [line[2] for line in drawn if line[0] == kl] == [[0, 0, 3], [0, 0, 1], 2.1]
 
 
-def test_long_prompts_fit_into_the_figure(tmp_path):
-    args = {"prompt": "ravin likes ravin likes x", "response_length": 5, "context_length": 30, "pretrain_steps": 2}
-    assert (quick_run(tmp_path, **args) / "critic_values.png").exists()
+def test_critic_values_are_drawn_before_and_after(pizza, tmp_path, drawn):
+    for name in ("checkpoint.pt", "policy.pt", "pretrained.pt"):
+        (tmp_path / name).write_bytes((pizza / name).read_bytes())
+    ppo.draw_critic_values(Args(), tmp_path)
+    critic = ppo.make_critic(ppo.load_policy(pizza))
+    ppo.load(pizza / "checkpoint.pt", critic=critic)
+    assert [label for _, label, _ in drawn] == [
+        f'"Pravin likes {food}" {when} PPO' for food in ("sala", "pizz") for when in ("before", "after")
+    ]
+    for (_, label, values), is_after in zip(drawn, (False, True) * 2):
+        expected = critic(encode(label.split('"')[1])[None]).flatten() * is_after
+        assert values == pytest.approx(expected.tolist(), abs=1e-5)
+    drawn.clear()
+    ppo.draw_critic_values(Args(target="salad", prompt="mira "), tmp_path)
+    assert [label.split('"')[1] for _, label, _ in drawn] == ["Pmira pizz"] * 2 + ["Pmira sala"] * 2
 
 
-def test_pretrained_model_is_taken_as_it_is(tmp_path):
-    """From its file or run directory, whatever the flags for sizes say."""
-    first = quick_run(tmp_path / "a", pretrain_only=True)
-    for name, path in (("b", first), ("c", first / "pretrained.pt")):
-        run_dir = quick_run(tmp_path / name, pretrained=str(path), d_model=8, target="soda")
-        saved = [ppo.load_policy(folder / "pretrained.pt") for folder in (first, run_dir)]
-        assert saved[1].spec == saved[0].spec | {"target": "soda"}
-        assert json.loads((run_dir / "config.json").read_text())["args"]["d_model"] == 16
-        weights = [policy.lm.state_dict() for policy in saved]
-        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+def test_batches_and_metrics_are_what_happened(tmp_path, monkeypatch, pizza):
+    """Each batch of a run, and each row of metrics.csv, from the completions and the networks as they were then."""
+    calls, ppo_loss = [], ppo.ppo_loss
+
+    def spied_loss(policy, critic, prompt, batch, args):
+        networks = copy.deepcopy((policy, critic))
+        loss, figures = ppo_loss(policy, critic, prompt, batch, args)
+        calls.append((*networks, batch, dict(figures)))
+        return loss, figures
+
+    monkeypatch.setattr(ppo, "ppo_loss", spied_loss)
+    flags = {"gamma": 0.9, "gae_lambda": 0.8, "reward": 2.0, "learning_rate": 3e-3, "update_epochs": 2}
+    summary = quick_run(tmp_path, pizza, episodes=25, **flags)
+    reference, rows = ppo.load_policy(pizza / "pretrained.pt"), read_metrics(tmp_path)
+    assert len(calls) == 2 * len(rows) == 6
+    assert summary["global_step"] == 25
+    same_state(calls[0][0].state_dict(), reference.state_dict())
+    for i, row in enumerate(rows):
+        policy, critic, batch, figures = calls[2 * i]
+        texts, expected, charts = ppo.decode(batch.completions), [], Counter()
+        assert len(texts) == (10, 10, 5)[i]
+        assert torch.equal(batch.mask, torch.arange(batch.mask.shape[1]) < torch.tensor([*map(len, texts)])[:, None])
+        for text in texts:
+            tokens = encode("Pravin likes " + text)[None]
+            with torch.no_grad():
+                old, ref = (
+                    network(tokens[:, :-1])[0].log_softmax(-1).gather(-1, tokens[0, 1:, None])[12:, 0]
+                    for network in (policy, reference)
+                )
+                values = critic(tokens[:, :-1])[:, 12:, 0]
+            rewards = -0.1 * (old - ref)[None]
+            rewards[0, -1] += 2.0 * text.endswith("sE")
+            advantages = masked_gae_by_definition(rewards, values, [len(text)], 0.9, 0.8)
+            expected.append(torch.stack([old, advantages[0], (advantages + values)[0]]))
+            charts["pizza_rate"] += text.endswith("sE") / len(texts)
+            charts["external_reward"] += 2.0 * text.endswith("sE") / len(texts)
+            charts["total_reward"] += rewards.sum().item() / len(texts)
+            charts["kl_per_completion"] += (old - ref).sum().item() / len(texts)
+            charts["kl_per_token"] += (old - ref).sum().item() / batch.mask.sum().item()
+            charts["response_length"] += len(text) / len(texts)
+        for ours, theirs in zip(batch[2:], torch.cat(expected, 1)):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        for name, value in charts.items():
+            assert float(row[f"charts/{name}"]) == pytest.approx(value, abs=1e-4), name
+        for name, value in figures.items():
+            both = [value.item(), calls[2 * i + 1][3][name].item()]
+            if "grad_norm" not in name:
+                assert float(row[f"losses/{name}"]) == pytest.approx(np.mean(both), rel=1e-4, abs=1e-6), name
+        assert figures["approx_kl"] < 1e-9 < calls[2 * i + 1][3]["approx_kl"]  # the ratio is 1 before the first step
+        assert figures["clipfrac"] == 0
+    assert abs(float(rows[0]["charts/kl_per_completion"])) < 1e-5 < abs(float(rows[1]["charts/kl_per_completion"]))
+    assert any(float(row["charts/pizza_rate"]) > 0 for row in rows)
 
 
-def test_a_target_that_is_never_met_gets_a_warning(tmp_path, capsys):
-    run_dir = quick_run(tmp_path, target="qqqqqq")
-    assert "warning: 'qqqqqq' is too rare" in capsys.readouterr().err
-    assert json.loads((run_dir / "summary.json").read_text())["pizza_rate"] == 0
+def test_gradients_are_clipped_and_learning_rates_fall(tmp_path, monkeypatch, pizza):
+    steps, step = [], torch.optim.Adam.step
+
+    def spied_step(optimizer):
+        norms = [torch.stack([p.grad.norm() for p in g["params"]]).norm().item() for g in optimizer.param_groups]
+        assert all(group["eps"] == 1e-5 for group in optimizer.param_groups)
+        steps.append([group["lr"] for group in optimizer.param_groups] + norms)
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spied_step)
+    flags = {"learning_rate": 1e-3, "critic_learning_rate": 4e-3, "update_epochs": 1, "max_grad_norm": 1e-3}
+    quick_run(tmp_path / "a", pizza, **flags, batch_size=5)
+    for (lr, critic_lr, norm, critic_norm), share, row in zip(
+        steps, (1, 0.75, 0.5, 0.25), read_metrics(tmp_path / "a")
+    ):
+        assert (lr, critic_lr) == pytest.approx((1e-3 * share, 4e-3 * share))
+        assert float(row["charts/learning_rate"]) == lr
+        assert norm < 1.001e-3
+        assert critic_norm == pytest.approx(1e-3, rel=1e-2)
+        assert float(row["losses/critic_grad_norm"]) > 1e-2
+        assert float(row["losses/policy_grad_norm"]) >= norm * 0.999
+    assert len(steps) == 4
+    steps.clear()
+    quick_run(tmp_path / "b", pizza, **flags, anneal_lr=False)
+    assert [s[:2] for s in steps] == [[1e-3, 4e-3]] * 2
 
 
-def test_progress_without_a_terminal(tmp_path, capsys):
-    quick_run(tmp_path, episodes=100, batch_size=5, update_epochs=1)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in lines[:10]] == [f"{n}/100" for n in range(10, 101, 10)]
-    assert [line.split(":")[0] for line in lines[10:]] == [f"{n}/100" for n in range(10, 101, 10)]
-    assert all(re.search(r": pretraining loss \d\.\d+ nats per character$", line) for line in lines[:10])
-    assert all(re.search(r": s \d+%, KL -?\d\.\d\d, \d+ episodes/s$", line) for line in lines[10:])
+def test_summary_counts_all_completions_that_earn_the_reward(tmp_path, pizza):
+    """Ending in s: the model says "s" alone next to never, but three foods end so."""
+    args = Args(target="s", pretrained=str(pizza / "pretrained.pt"), eval_samples=1000)
+    quick_run(tmp_path, pizza)
+    reference, policy = ppo.load_policy(pizza / "pretrained.pt"), ppo.load_policy(tmp_path)
+    likely = text_log_probs(reference, "ravin likes ", ["applesE", "cookiesE", "donutsE"]).exp().sum().item()
+    summary = ppo.evaluate(args, tmp_path)
+    assert math.exp(-summary["kl_floor"]) == pytest.approx(likely, abs=0.05)
+    assert summary["pizza_rate_before"] == pytest.approx(likely, abs=0.05)
+    torch.manual_seed(1)
+    texts = ppo.decode(ppo.sample_completions(policy, encode("Pravin likes "), 1000, 20))
+    log_ratio = text_log_probs(policy, "ravin likes ", texts) - text_log_probs(reference, "ravin likes ", texts)
+    assert summary["kl_per_completion"] == pytest.approx(log_ratio.mean().item(), abs=1e-4)
+    assert summary["pizza_rate"] == np.mean([text.endswith("sE") for text in texts])
 
 
-# ----------------------------------------------------------------------------------- determinism, resume, several ranks
+def test_a_target_that_is_never_met_gets_a_warning(tmp_path, monkeypatch, capsys, pizza):
+    pretrained = pizza / "pretrained.pt"
+    argv = ["--pretrained", pretrained, "--run-dir", tmp_path, "--episodes", 4, "--batch-size", 4, "--eval-samples", 50]
+    run_script(ppo, monkeypatch, *argv, "--target", "qqqqqqqqqq")
+    assert "warning: before PPO the model says qqqqqqqqqq with probability" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["pizza_rate"] == summary["objective_share"] == 0
+    assert all(map(math.isfinite, summary.values()))
 
 
-def test_same_seed_same_run(tmp_path):
+def test_other_prompts_targets_and_pretrained_models(tmp_path, monkeypatch, capsys, pizza):
+    argv = ["--pretrained", pizza / "pretrained.pt", "--prompt", "mira likes ", "--target", "soda"]
+    run_script(ppo, monkeypatch, *argv, "--run-dir", tmp_path, "--eval-samples", 200)
+    same_state(*(ppo.load(folder / "pretrained.pt") for folder in (pizza, tmp_path)))
+    assert json.loads((tmp_path / "summary.json").read_text())["pizza_rate"] > 0.9
+    assert re.search(r"after PPO: .* end in soda\n    mira likes sodaE\n", capsys.readouterr().out)
+
+
+# --------------------------------------------------------------------------------------- same again, killed and resumed
+
+
+def test_same_seed_same_run(tmp_path, pizza):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        quick_run(tmp_path / name, seed=seed, checkpoint_interval=3 if name == "b" else 1)
-    a, b, c = (tmp_path / name / "run" for name in "abc")
-    assert read_metrics(a) == read_metrics(b) != read_metrics(c)
-    same_weights(a, b)
-    assert torch.equal(load_checkpoint(a)["critic_parameters"], load_checkpoint(b)["critic_parameters"])
+        ppo.train(Args(episodes=10, batch_size=5, pretrain_steps=3, seed=seed), tmp_path / name)
+    assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b") != read_metrics(tmp_path / "c")
+    a, b, c = (ppo.load(tmp_path / name / "checkpoint.pt") for name in "abc")
+    for part in ("policy", "critic", "optimizer"):
+        same_state(a[part], b[part])
+    assert (a["policy"]["tokens.weight"] != c["policy"]["tokens.weight"]).all()  # other weights from the start
 
 
-def test_killed_and_resumed_equals_never_stopped(tmp_path, monkeypatch):
-    """SIGKILL while pretraining, SIGTERM during PPO, then the command that it prints."""
-    args = QUICK | {"pretrain_steps": 300, "episodes": 120, "batch_size": 2, "checkpoint_interval": 5}
+def test_killed_and_resumed_equals_never_stopped(tmp_path, monkeypatch, pizza):
+    """Bit for bit: weights, optimiser, metrics and summary. Afterwards the run can be repeated without effect, and go
+    on for longer."""
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    process, state = start(ppo, "--run-dir", cut, *flags(args)), {"step": 0}
-    while not state["step"]:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-        state = ppo.load_saved(cut / "checkpoint.pt") if (cut / "checkpoint.pt").exists() else state
+    argv = ["--pretrained", pizza / "pretrained.pt", "--episodes", 120, "--batch-size", 2, "--eval-samples", 50]
+    process = start(ppo, "--run-dir", cut, *argv)
+    wait_for_rows(cut, 12, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (cut / "pretrained.pt").exists()
-    process = start(ppo, "--resume", cut)
-    wait_for_rows(cut, 12, process)
-    process.send_signal(signal.SIGTERM)
-    errors = process.communicate()[1]
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    assert 60 > ppo.load_saved(cut / "checkpoint.pt")["iteration"] >= 10
-    with open(cut / "metrics.csv", "a") as file:
-        file.write("999,12")  # a row cut short, as a power failure may leave it
-    resume_as_printed(ppo, errors, monkeypatch)
-    uncut = ppo.train(Args(run_dir=str(whole), **args))
+    time.sleep(1)  # TensorBoard reads a run's files in the order of the seconds in which they began
+    assert {int(row["global_step"]) for row in read_metrics(cut)} <= {
+        step for step, _ in tensorboard_rows(cut, "charts/pizza_rate")
+    }
+    iteration, global_step, seconds, _ = ppo.load(cut / "checkpoint.pt")["progress"]
+    assert 60 > iteration >= 10 == iteration - iteration % 5 - (iteration - 10)
+    assert global_step == 2 * iteration
+    run_script(ppo, monkeypatch, "--resume", cut)
+    run_script(ppo, monkeypatch, "--run-dir", whole, *argv)
     assert read_metrics(cut) == read_metrics(whole)
-    same_weights(cut, whole)
-    assert torch.equal(load_checkpoint(cut)["critic_parameters"], load_checkpoint(whole)["critic_parameters"])
-    resumed = json.loads((cut / "summary.json").read_text())
-    timing = ("seconds", "ppo_seconds", "steps_per_second")
-    assert {k: v for k, v in resumed.items() if k not in timing} == {k: v for k, v in uncut.items() if k not in timing}
-    assert resumed["seconds"] > resumed["ppo_seconds"] > 0
-    assert resumed["seconds"] - resumed["ppo_seconds"] > state["seconds"] > 0
+    a, b = (ppo.load(folder / "checkpoint.pt") for folder in (cut, whole))
+    assert a.pop("progress")[:2] == b.pop("progress")[:2] == (60, 120)
+    same_state(a, b)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (cut, whole)]
+    times = ("seconds", "ppo_seconds")
+    without_times = [{k: v for k, v in summary.items() if k not in times} for summary in summaries]
+    assert without_times[0] == without_times[1]
+    assert summaries[0]["ppo_seconds"] > seconds > 0
+    assert [step for step, _ in tensorboard_rows(cut, "charts/pizza_rate")] == list(range(2, 121, 2))
+
+    run_script(ppo, monkeypatch, "--resume", cut)
+    assert json.loads((cut / "summary.json").read_text()) == summaries[0]
+    same_state(a | {"progress": None}, ppo.load(cut / "checkpoint.pt") | {"progress": None})
+    run_script(ppo, monkeypatch, "--resume", cut, "--episodes", 124, "--kl-beta", 0.2)
+    assert len(read_metrics(cut)) == 62
+    config = json.loads((cut / "config.json").read_text())
+    assert (config["episodes"], config["kl_beta"], config["batch_size"]) == (124, 0.2, 2)
+
+
+def test_the_first_checkpoint_comes_before_the_first_step(tmp_path, monkeypatch, pizza):
+    """So that a run which is stopped at once can be resumed. One stopped in pretraining leaves nothing in the way."""
+    argv = ["--run-dir", tmp_path / "a", "--episodes", 4, "--batch-size", 2, "--eval-samples", 5]
+    monkeypatch.setattr(ppo, "pretrain", lambda args: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        run_script(ppo, monkeypatch, *argv)
+    argv += ["--pretrained", pizza / "pretrained.pt"]
+    monkeypatch.setattr(ppo, "sample_completions", lambda *args: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        run_script(ppo, monkeypatch, *argv)
+    monkeypatch.undo()
+    run_script(ppo, monkeypatch, "--resume", tmp_path / "a")
+    assert len(read_metrics(tmp_path / "a")) == 2
+    order, replace = [], ppo.os.replace
+    monkeypatch.setattr(ppo.os, "replace", lambda a, b: (order.append(b.name), replace(a, b)))
+    quick_run(tmp_path / "b", pizza, episodes=40, checkpoint_interval=3)
+    assert order == ["pretrained.pt"] + ["policy.pt", "checkpoint.pt"] * 3  # at first, after iteration 3, in the end
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
@@ -763,93 +626,81 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        (["--prompt", "Ravin likes "], "--prompt 'Ravin likes '"),
-        (["--prompt", ""], "--prompt ''"),
-        (["--target", "pizza!"], "--target 'pizza!'"),
-        (["--target", "pizzaE"], "--target 'pizzaE'"),
-        (["--target", "pizza", "--response-length", "5"], "--response-length 6"),
-        (["--response-length", "60"], "--context-length of 72"),
-        (["--context-length", "20", "--response-length", "6"], "--context-length of 27"),
-        (["--num-heads", "3"], "--num-heads 3"),
+        (["--prompt", "Ravin likes "], "--prompt"),
+        (["--prompt", ""], "--prompt"),
+        (["--target", "pizza!"], "--target"),
+        (["--target", "pizzaE"], "--target"),
+        (["--target", "pizza", "--response-length", "5"], "--response-length"),
+        (["--response-length", "37"], "--response-length"),
         (["--pretrained", "nowhere.pt"], "nowhere.pt"),
-        (["--pretrained", "file"], "file is cut short"),
+        (["--pretrained", "file"], "file"),
         (["--episodes", "0"], "--episodes"),
         (["--batch-size", "0"], "--batch-size"),
+        (["--eval-samples", "0"], "--eval-samples"),
         (["--reward", "-1"], "--reward"),
         (["--kl-beta", "nan"], "--kl-beta"),
         (["--learning-rate", "0"], "--learning-rate"),
-        (["--critic-learning-rate", "nan"], "--critic-learning-rate"),
+        (["--critic-learning-rate", "inf"], "--critic-learning-rate"),
         (["--gamma", "1.5"], "--gamma"),
+        (["--gae-lambda", "-0.1"], "--gae-lambda"),
+        (["--seed", "-1"], "--seed"),
         (["--device", "cuda"], "--device cuda"),
-        (["--food", "pizza"], "--food"),
-        (["--resume", "nowhere"], "--resume nowhere"),
-        (["--play", "nowhere"], "nowhere"),
-        (["--play", "nowhere", "--eval-samples", "0"], "--eval-samples"),
-        (["--run-dir", "file/in/the/way"], "--run-dir"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["--play", "nowhere.pt"], "nowhere.pt"),
+        (["--play", "nowhere", "--run-dir", "elsewhere"], "--run-dir"),
+        (["--run-dir", "file/in/the/way"], "file/in/the/way"),
     ],
 )
-def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys, wrong, named):
-    if wrong == ["--device", "cuda"] and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_mistakes_end_with_one_line_and_leave_nothing(tmp_path, monkeypatch, wrong, named):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "file").write_text("")
-    code, lines = run_main(ppo, monkeypatch, capsys, *wrong)
-    assert code == 2
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    assert named in lines[0]
+    assert named in mistake(ppo, monkeypatch, "--pretrain-steps", 1, *wrong)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_shares_must_divide_among_ranks():
-    for name in ("batch_size", "episodes", "pretrain_batch_size"):
-        with pytest.raises(ppo.UserError, match=f"--{name.replace('_', '-')} must be a multiple of the 2 processes"):
-            ppo.check_text_args(Args(**{name: 21}), world_size=2)
+def test_what_does_not_fit_a_run_leaves_it_alone(monkeypatch, pizza):
+    before = {path: path.read_bytes() for path in pizza.iterdir()}
+    assert "holds a run" in mistake(ppo, monkeypatch, "--run-dir", pizza)
+    assert "--pretrain-steps" in mistake(ppo, monkeypatch, "--resume", pizza, "--pretrain-steps", 5)
+    assert "--pretrained" in mistake(ppo, monkeypatch, "--resume", pizza, "--pretrained", pizza / "policy.pt")
+    assert "--batch-size" in mistake(ppo, monkeypatch, "--resume", pizza, "--batch-size", 0)
+    assert {path: path.read_bytes() for path in pizza.iterdir()} == before
 
 
-def test_a_model_with_too_short_a_context(tmp_path, monkeypatch, capsys):
-    save_pretrained(tmp_path / "short.pt", random_lm(0))
-    code, lines = run_main(ppo, monkeypatch, capsys, "--pretrained", tmp_path / "short.pt", "--response-length", 25)
-    assert code == 2
-    assert "--context-length of 37, and the model has 32" in lines[0]
+@pytest.mark.parametrize("damage", [b"", b"noise", None])
+@pytest.mark.parametrize("name", ["config.json", "checkpoint.pt", "pretrained.pt", "policy.pt"])
+def test_damaged_and_foreign_files(tmp_path, monkeypatch, pizza, name, damage):
+    for file in FILES:
+        (tmp_path / file).write_bytes((pizza / file).read_bytes())
+    whole = (tmp_path / name).read_bytes()
+    flag = "--play" if name == "policy.pt" else "--resume"
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    assert name in mistake(ppo, monkeypatch, flag, tmp_path)
+    if name == "config.json":
+        (tmp_path / name).write_text('{"env_id": "CartPole-v1"}')
+    else:
+        torch.save({"policy": {"actor.0.weight": torch.zeros(3)}}, tmp_path / name)
+    assert name in mistake(ppo, monkeypatch, flag, tmp_path)
 
 
-def test_runs_and_files_are_guarded(tmp_path, monkeypatch, capsys):
-    """No run is overwritten, no contradiction resumed, no checkpoint played, no damaged file read."""
-    run_dir = quick_run(tmp_path)
-    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
-    for wrong, named in (
-        (["--run-dir", run_dir], "already holds a run"),
-        (["--resume", run_dir, "--kl-beta", 0.2], "--kl-beta contradicts the run"),
-        (["--play", run_dir / "checkpoint.pt"], "is a checkpoint: give the policy.pt beside it"),
-        (["--pretrained", run_dir / "checkpoint.pt"], "is a checkpoint: give the policy.pt beside it"),
-        (["--pretrained", run_dir, "--pretrain-only"], "--pretrain-only contradicts --pretrained"),
-    ):
-        code, lines = run_main(ppo, monkeypatch, capsys, *wrong)
-        assert code == 2
-        assert len(lines) == 1
-        assert named in lines[0]
-    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
-    for name in ("checkpoint.pt", "pretrained.pt"):
-        (run_dir / name).write_bytes(before[name][: len(before[name]) // 2])
-        code, lines = run_main(ppo, monkeypatch, capsys, "--resume", run_dir)
-        assert code == 2
-        assert lines == [
-            f"error: {run_dir / name} is cut short or not of {SCRIPT.name}: restore it, or start a new run"
-        ]
-        (run_dir / name).write_bytes(before[name])
-    (run_dir / "policy.pt").write_bytes(os.urandom(1000))
-    assert run_main(ppo, monkeypatch, capsys, "--play", run_dir)[0] == 2
+def test_nothing_is_unpickled(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path.joinpath("sprung").touch, ())
+
+    torch.save({"policy": Trap()}, tmp_path / "policy.pt")
+    with pytest.raises(ppo.UserError):
+        ppo.load_policy(tmp_path)
+    assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize(
-    ("flag", "stage"), [("pretrain_learning_rate", "pretraining step 1"), ("learning_rate", "iter")]
-)
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, flag, stage):
-    argv = flags(QUICK | {flag: 1e38, "episodes": 40, "batch_size": 10, "checkpoint_interval": 1})
-    code, lines = run_main(ppo, monkeypatch, capsys, "--run-dir", tmp_path / "run", *argv)
-    assert code == 1
-    assert lines[-1].startswith(f"error: the loss of {stage}")
-    assert lines[-1].endswith(f"{tmp_path}/run/checkpoint.pt is the last good state")
-    assert ppo.load_saved(tmp_path / "run/checkpoint.pt")["parameters"].isfinite().all()
-    assert not (tmp_path / "run/policy.pt").exists()
+def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, pizza):
+    rewards = itertools.chain([1.0] * 60, itertools.repeat(math.nan))
+    monkeypatch.setattr(ppo, "external_reward", lambda text, args: next(rewards))
+    argv = ["--pretrained", pizza / "pretrained.pt", "--run-dir", tmp_path, "--batch-size", 10]
+    assert "iteration 7" in mistake(ppo, monkeypatch, *argv, "--checkpoint-interval", 4)
+    assert len(read_metrics(tmp_path)) == 6
+    state = ppo.load(tmp_path / "checkpoint.pt")
+    assert state["progress"][0] == 4
+    assert all(weight.isfinite().all() for part in ("policy", "critic") for weight in state[part].values())
