@@ -294,3 +294,13 @@ LIMITS = dict.fromkeys((Endless, EndlessBox, BrokenLaterDiscrete, BrokenLaterBox
 for probe in [thing for thing in globals().values() if isinstance(thing, type) and issubclass(thing, Probe)]:
     gym.register(f"{probe.__name__}-v0", entry_point=probe, max_episode_steps=LIMITS.get(probe))
 gym.register("SameStep-v0", entry_point=Constant, vector_entry_point=same_step)
+
+
+def positions(**options):
+    """CartPole without its velocities, which two observations tell."""
+    env = gym.make("CartPole-v1", **options).unwrapped
+    space = Box(env.observation_space.low[::2], env.observation_space.high[::2])
+    return gym.wrappers.TransformObservation(env, lambda obs: obs[::2], space)
+
+
+gym.register("Positions-v0", entry_point=positions, max_episode_steps=500)

@@ -1,5 +1,4 @@
-"""Two ranks of ppo_llm_policy.py, for test_two_ranks (run by torchrun): the gradients of the first minibatches, then a
-short training run.
+"""A short run of ppo_llm_policy.py for test_two_ranks_equal_one_process: by torchrun as one of two ranks, or alone.
 
 Usage: torchrun ranks_llm.py FOLDER
 """
@@ -9,56 +8,30 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import ppo_llm_policy as ppo
 
-ARGS = ppo.Args(num_minibatches=2, ent_coef=0.1, history=2, norm_adv=True)
+FLAGS = {"history": 2, "num_envs": 6, "num_steps": 24, "update_epochs": 3, "num_minibatches": 1, "ent_coef": 0.1}
+FLAGS |= {"total_timesteps": 300, "learning_rate": 1e-3, "device": "cpu"}
 
 
-def make_batch(rank):
-    """A batch of this rank's own, 5 rows on rank 0 and 8 on rank 1; returns name their row."""
-    rows, rng = (5, 8)[rank], torch.Generator().manual_seed(rank)
-    states = torch.randn(rows, 2, 4, generator=rng)
-    actions = torch.randint(2, (rows,), generator=rng)
-    vectors = torch.randn(4, rows, generator=rng)
-    mask = torch.ones(rows, 2, dtype=torch.bool)
-    return ppo.Batch(states, mask, actions, 0.3 * vectors[0] - 0.7, vectors[1], 5 + 3 * vectors[2], vectors[3])
+def get_action(policy, states, greedy=False):
+    """The side to which the pole leans: one rank's random numbers are not those of the whole."""
+    actions = (states[:, -1, 2] > 0).long()
+    with torch.no_grad():
+        return actions, policy.evaluate_actions(states, actions)[0]
 
 
-def make_networks():
-    """Policy and value function, the same on all ranks."""
-    spec = {"obs_dim": 4, "observe": [0, 1, 2, 3], "history": 2, "n": 2}
-    torch.manual_seed(0)
-    return ppo.StochasticPolicy(ppo.make_network(ARGS, spec, torch.float32)), ppo.mlp(8, 1, 1.0)
-
-
-def main():
-    """Saves the rows of each minibatch of this rank, the gradients that all ranks share, and the trained weights."""
-    rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    policy, critic = make_networks()
-    parameters = ppo.flatten_parameters(policy, critic)
-    batch = make_batch(rank)
-    torch.manual_seed(100 + rank)
-    minibatches = []
-    for minibatch, count in ppo.shuffled_minibatches(batch, ARGS):
-        parameters.grad.zero_()
-        for part in ppo.split_rows(minibatch, 2):
-            loss, _ = ppo.policy_ppo_loss(policy, critic, part, count, ARGS)
-            loss.backward()
-        ppo.sum_over_ranks(parameters.grad)
-        rows = [int((batch.returns == value).nonzero()) for value in minibatch.returns]
-        minibatches.append({"rows": rows, "gradient": parameters.grad.clone()})
-    made, flatten = [], ppo.flatten_parameters
-    ppo.flatten_parameters = lambda *modules: (made.append(flatten(*modules)), made[-1])[1]
-    small = {"num_envs": 4, "num_steps": 16, "update_epochs": 2, "num_minibatches": 2, "total_timesteps": 100}
-    ppo.train(ppo.Args(run_dir=str(folder / "run"), eval_episodes=1, torch_threads=1, **small))
-    torch.save({"minibatches": minibatches, "trained": made[0].data}, folder / f"{rank}.pt")
-    sys.stdout.flush()
-    os._exit(0)
+def run(folder, rank, world_size):
+    """Trains into a folder, and returns the trained parameters of policy and critic, as this rank has them."""
+    ppo.StochasticPolicy.get_action = get_action
+    made, adam = [], torch.optim.Adam
+    torch.optim.Adam = lambda parameters, **options: (made.extend(parameters), adam(parameters, **options))[1]
+    ppo.train(ppo.Args(**FLAGS), folder / "run", rank, world_size)
+    torch.optim.Adam = adam
+    return [parameter.detach() for parameter in made]
 
 
 if __name__ == "__main__":
-    main()
+    rank = int(os.environ["RANK"])
+    torch.save(run(Path(sys.argv[1]), rank, int(os.environ["WORLD_SIZE"])), f"{sys.argv[1]}/{rank}.pt")

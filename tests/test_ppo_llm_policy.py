@@ -1,16 +1,10 @@
-"""Tests of ppo_llm_policy.py: the policy and its networks beside the document's construct and an independent formula,
-the window of observations, the saved folder, probe environments, and real runs that are killed, resumed and spread.
-What this script has in common with its siblings word for word (test_family.py keeps it so) is tested there: GAE,
-clipped and value loss, minibatches, episode statistics, the files of a run."""
+"""Tests of ppo_llm_policy.py: its networks beside the document's construct, formulas, probe environments, and real runs
+that are killed, resumed, played and spread. GAE, the approximate KL and the files of a run are the same text as in
+ppo_mlp_discrete.py, and are tested there."""
 
-import copy
 import json
-import math
 import re
-import shutil
 import signal
-import sys
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -22,89 +16,75 @@ import torch
 import transformers
 from helpers import (
     ROOT,
-    flags,
-    load_checkpoint,
+    Spy,
+    gae_by_definition,
+    mistake,
     read_metrics,
-    resume_as_printed,
-    run_main,
+    run_script,
     run_two_ranks,
-    same_weights,
+    same_state,
     start,
+    tensorboard_rows,
     wait_for_rows,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from scipy import stats
 
 import ppo_llm_policy as ppo
 from ppo_llm_policy import Args, Batch
 
-SMALL = {"num_envs": 4, "num_steps": 16, "eval_episodes": 0, "update_epochs": 2, "num_minibatches": 2}
-SMALL |= {"torch_threads": 1}
-DTYPES = {"auto": torch.float32, "bfloat16": torch.bfloat16}
-DISCRETE = {"n": 3, "start": 0, "action_shape": [], "dtype": "int64"}
-BOX = {"low": [-2.0, 0.0], "high": [2.0, 1.0], "action_shape": [2], "dtype": "float32"}
+SMALL = {"num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "device": "cpu"}
 QWEN2 = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 QWEN2 |= {"num_key_value_heads": 2, "vocab_size": 40, "initializer_range": 0.3}
-ARCHITECTURES = {
+CONFIGS = {
     "qwen2": transformers.Qwen2Config(**QWEN2),
-    "llama": transformers.LlamaConfig(**QWEN2),
-    "gpt2": transformers.GPT2Config(
-        vocab_size=40, n_positions=12, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3
-    ),
+    "gpt2": transformers.GPT2Config(vocab_size=40, n_positions=8, n_embd=32, n_layer=2, n_head=4),
 }
-every_architecture = pytest.mark.parametrize("kind", ARCHITECTURES)
+every_architecture = pytest.mark.parametrize("kind", CONFIGS)
+both_spaces = pytest.mark.parametrize("is_discrete", [True, False], ids=["discrete", "box"])
+both_networks = pytest.mark.parametrize("network", ["llm", "mlp"])
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Folders of small causal LMs, as a user would have them. GPT-2's configuration has dropout."""
     made = {}
-    for kind, config in ARCHITECTURES.items():
+    for kind, config in CONFIGS.items():
         torch.manual_seed(0)
         made[kind] = str(tmp_path_factory.mktemp(kind))
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(made[kind])
     return made
 
 
-def spec_of(history, actions=DISCRETE, obs_dim=4):
-    return {"env_id": "x", "obs_dim": obs_dim, "observe": list(range(obs_dim)), "history": history} | actions
-
-
-def make_policy(history=1, actions=DISCRETE, seed=0, **args):
-    """A policy whose adapters are not zero, as after some training."""
-    args = Args(history=history, **args)
-    torch.manual_seed(seed)
-    network = ppo.make_network(args, spec_of(history, actions), DTYPES[args.dtype])
-    for name, parameter in network.named_parameters():
-        if "lora_B" in name or name.startswith("head.2"):
+def make_policy(is_discrete=True, obs_dim=4, **flags):
+    """A policy over 3 actions or 3 numbers whose adapters and last layer are not near zero, as after some training."""
+    args = Args(**flags)
+    torch.manual_seed(0)
+    policy = ppo.StochasticPolicy(ppo.NETWORKS[args.network](args, obs_dim, 3, is_discrete)).eval()
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name or name.startswith(("network.head.2", "network.mlp.4")):
             torch.nn.init.normal_(parameter, std=0.2)
-    return ppo.StochasticPolicy(network).eval()
+    if not is_discrete:
+        policy.network.log_std.data = torch.tensor([-0.7, 0.2, 0.0])
+    return policy
 
 
-def random_batch(policy, rows=6, history=1, seed=0):
-    """Windows of different lengths, with actions of another policy, so that ratios lie on both sides of the clip."""
-    rng = torch.Generator().manual_seed(seed)
-    states = torch.randn(rows, history, 4, generator=rng)
-    mask = torch.arange(history).flip(0) < 1 + torch.arange(rows)[:, None] % history
-    if policy.network.is_discrete:
-        actions = torch.randint(3, (rows,), generator=rng)
-    else:
-        actions = torch.randn(rows, 2, generator=rng)
-    with torch.no_grad():
-        log_probs, _ = policy.evaluate_actions(states * mask[..., None], actions, mask)
-    vectors = torch.randn(4, rows, generator=rng)
-    return Batch(states * mask[..., None], mask, actions, log_probs + 0.3 * vectors[0], *vectors[1:])
+def some_rows(policy, rows=6, history=1, obs_dim=4):
+    """States, and actions of whatever policy in them."""
+    rng = torch.Generator().manual_seed(1)
+    states = torch.randn(rows, history, obs_dim, generator=rng)
+    is_discrete = policy.network.is_discrete
+    shape = (rows,) if is_discrete else (rows, 3)
+    return states, torch.randint(3, shape, generator=rng) if is_discrete else torch.randn(shape, generator=rng)
 
 
-def train_probe(tmp_path, name, **changes):
-    """The run directory of a short run of the MLP on a probe environment; enough to learn what it is about."""
-    args = {"network": "mlp", "env_id": f"probe_envs:{name}-v0", "total_timesteps": 4000, "gamma": 0.9}
-    args |= SMALL | {"num_envs": 16, "update_epochs": 8, "num_minibatches": 4, "learning_rate": 1e-2}
-    ppo.train(Args(run_dir=str(tmp_path / name), **args | changes))
-    return tmp_path / name
+def outputs_of(network, states):
+    """Logits or means."""
+    distribution = network(states)
+    return distribution.logits if network.is_discrete else distribution.mean
 
 
-# ---------------------------------------------------------------------------------------------- policy and its networks
+# ------------------------------------------------------------------------------------------------------------- networks
 
 
 def documents_logits(folder, network, states):
@@ -129,753 +109,433 @@ def documents_logits(folder, network, states):
 @every_architecture
 @pytest.mark.parametrize("history", [1, 4])
 def test_logits_equal_the_documents_construct(folders, kind, history):
-    network = make_policy(history, llm_id=folders[kind]).network
-    states = torch.randn(5, history, 4, generator=torch.Generator().manual_seed(1))
+    policy = make_policy(history=history, llm_id=folders[kind])
+    states, _ = some_rows(policy, history=history)
     with torch.no_grad():
-        ours = network.outputs(states, torch.ones(5, history, dtype=torch.bool))
-        expected = documents_logits(folders[kind], network, states)
-    assert ours.std() > 0.1
+        expected = documents_logits(folders[kind], policy.network, states).log_softmax(-1)
+        ours = policy.network(states).logits
+    assert ours.std() > 0.05
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-    assert not hasattr(network.body, "lm_head")
+    assert not any("lm_head" in name for name, _ in policy.named_modules())
 
 
-def test_adapters_are_where_the_document_puts_them():
-    """q, k, v, o, gate, up and down, rank 16, scale 32 / 16; other layers by flag."""
+def test_layers_and_adapters_are_the_documents():
+    """Encoder S-256-hidden, head hidden-128-outputs, rank 16 and scale 32 / 16 on the seven projections."""
     network = make_policy().network
-    config = network.body.peft_config["default"]
+    adapters = {name: m for name, m in network.body.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert {target.rsplit(".")[-1] for target in config.target_modules} == names
-    assert len(config.target_modules) == 2 * len(names)  # in each of two layers
-    assert (config.r, config.lora_alpha) == (16, 32)
-    chosen = make_policy(lora_target_modules=["v_proj"], lora_rank=3).network
-    adapted = [name for name, _ in chosen.named_parameters() if "lora_A" in name]
-    assert len(adapted) == 2
-    assert all("v_proj" in name for name in adapted)
-    assert all(p.shape[0] == 3 for name, p in chosen.named_parameters() if "lora_A" in name)
-    assert [type(layer).__name__ for layer in network.encoder] == ["Linear", "ReLU", "Linear"]
-    assert [layer.out_features for layer in (network.encoder[0], network.encoder[2])] == [256, 64]
-    assert [layer.out_features for layer in (network.head[0], network.head[2])] == [128, 3]
+    assert {name.split(".")[-1] for name in adapters} == names
+    assert len(adapters) == 2 * len(names)  # in each of two layers
+    assert {(m.r["default"], m.scaling["default"]) for m in adapters.values()} == {(16, 2.0)}
+    for part, sizes in ((network.encoder, [(4, 256), (256, 64)]), (network.head, [(64, 128), (128, 3)])):
+        assert [type(layer).__name__ for layer in part] == ["Linear", "ReLU", "Linear"]
+        assert [(part[i].in_features, part[i].out_features) for i in (0, 2)] == sizes
+
+
+def test_the_first_policy_is_nearly_uniform():
+    torch.manual_seed(0)
+    logits = ppo.LLMNetwork(Args(), 4, 3, True)(torch.randn(50, 1, 4)).logits
+    assert 0 < (logits - np.log(1 / 3)).abs().max() < 0.05
 
 
 @every_architecture
 @pytest.mark.parametrize("rank", [16, 0])
 def test_gradient_reaches_encoder_adapters_and_head_alone(folders, kind, rank):
-    policy = make_policy(4, llm_id=folders[kind], lora_rank=rank)
-    batch = random_batch(policy, history=4)
-    policy.evaluate_actions(batch.states, batch.actions, batch.mask)[0].sum().backward()
+    policy = make_policy(history=4, llm_id=folders[kind], lora_rank=rank)
+    policy.evaluate_actions(*some_rows(policy, history=4))[0].sum().backward()
     reached = {name for name, p in policy.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     wanted = re.compile(r"network\.(encoder|head)\.|.*\.lora_[AB]\.")
     assert reached == {name for name, _ in policy.named_parameters() if wanted.match(name)}
     assert reached == {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert (rank > 0) == any("lora_" in name for name in reached)
 
 
 @pytest.mark.parametrize("history", [1, 4])
 def test_queries_and_keys_learn_only_from_several_observations(history):
-    policy = make_policy(history, llm_id="tiny-random")
-    torch.manual_seed(1)
-    policy.evaluate_actions(torch.randn(8, history, 4), torch.randint(3, (8,)))[0].sum().backward()
+    policy = make_policy(history=history)
+    policy.evaluate_actions(*some_rows(policy, 8, history))[0].sum().backward()
     largest = {}
     for name, p in policy.named_parameters():
         if "lora_" in name:
-            layer = re.search(r"(\w)_proj", name)[1]
+            layer = re.search(r"(\w+)_proj", name)[1]
             largest[layer] = max(largest.get(layer, 0), p.grad.abs().max().item())
-    assert largest["v"] > 1e-4  # not the point where nothing is learned
+    assert largest["v"] > 1e-4  # not a point where nothing is learned
     for layer in "qk":
         assert largest[layer] < 1e-6 * largest["v"] if history == 1 else largest[layer] > 1e-3 * largest["v"]
 
 
-@every_architecture
-@pytest.mark.parametrize("network", ["llm", "mlp"])
-def test_what_is_masked_is_not_seen(folders, kind, network):
-    """A window with two observations behind two masked ones is a state of two observations, whatever stands there."""
-    policy = make_policy(4, llm_id=folders[kind], network=network)
-    torch.manual_seed(2)
-    states, mask = torch.randn(3, 4, 4), torch.tensor([[False, False, True, True]] * 3)
-    if network == "llm":
-        with torch.no_grad():
-            outputs = policy.network.outputs(states, mask)
-            torch.testing.assert_close(outputs, policy.network.outputs(states[:, 2:], None), rtol=0, atol=1e-5)
-            assert torch.equal(outputs, policy.network.outputs(states * mask[..., None], mask))
-            assert not torch.allclose(outputs, policy.network.outputs(states, torch.ones_like(mask)), atol=1e-2)
-    env_states, env_mask = np.full((3, 4, 4), 7.0, np.float32), np.ones((3, 4), bool)
-    for t in (2, 3):  # the first of them begins an episode
-        env_states, env_mask = ppo.remember(env_states, env_mask, states[:, t].numpy(), np.full(3, t == 2))
-    assert np.array_equal(env_mask, mask)
-    assert np.array_equal(env_states, states * mask[..., None])
+def test_no_dropout_unless_it_is_asked_for_and_said(folders, tmp_path, monkeypatch, capsys):
+    """GPT-2's configuration has dropout 0.1. What --lora-dropout drops, it drops in the update alone."""
+    policy = make_policy(history=3, llm_id=folders["gpt2"]).train()
+    states, _ = some_rows(policy, history=3)
+    assert torch.equal(policy.network(states).logits, policy.network(states).logits)
+    modes = {"get_action": set(), "evaluate_actions": set()}
+    for name, seen in modes.items():
+        method = getattr(ppo.StochasticPolicy, name)
+
+        def spy(policy, *args, seen=seen, method=method):
+            seen |= {m.training for m in policy.modules() if isinstance(m, torch.nn.Dropout) and m.p == 0.3}
+            return method(policy, *args)
+
+        monkeypatch.setattr(ppo.StochasticPolicy, name, spy)
+    ppo.train(Args(total_timesteps=100, lora_dropout=0.3, **SMALL), tmp_path / "a")
+    assert modes == {"get_action": {False}, "evaluate_actions": {True}}
+    assert "--lora-dropout" in capsys.readouterr().out
+    ppo.train(Args(total_timesteps=1, **SMALL), tmp_path / "b")
+    assert "dropout" not in capsys.readouterr().out
 
 
-def test_windows_are_the_last_observations_of_their_episode():
-    """Against a list per environment, with random resets."""
-    rng = np.random.default_rng(0)
-    states, mask = np.zeros((3, 4, 2)), np.zeros((3, 4), bool)
-    episodes = [[] for _ in range(3)]
-    for t in range(60):
-        obs, is_first = rng.normal(size=(3, 2)), np.full(3, True) if t == 0 else rng.random(3) < 0.2
-        states, mask = ppo.remember(states, mask, obs, is_first)
-        for n in range(3):
-            episodes[n] = [*([] if is_first[n] else episodes[n]), obs[n]]
-            last = episodes[n][-4:]
-            assert mask[n].tolist() == [False] * (4 - len(last)) + [True] * len(last)
-            np.testing.assert_array_equal(states[n], [np.zeros(2)] * (4 - len(last)) + last)
-
-
-def test_histories_of_a_run_stop_at_episode_starts(tmp_path, monkeypatch):
-    """The probe's observations count the steps of an episode from 1, so each window is known from its last number."""
-    batches = []
-    minibatches = ppo.shuffled_minibatches
-    monkeypatch.setattr(
-        ppo, "shuffled_minibatches", lambda batch, args: (batches.append(batch), minibatches(batch, args))[1]
-    )
-    train_probe(tmp_path, "Numbered", history=4, total_timesteps=900, update_epochs=1, checkpoint_interval=2)
-    states, mask = torch.cat([b.states for b in batches])[..., 0], torch.cat([b.mask for b in batches])
-    assert set(states[:, -1].tolist()) == {1, 2, 3, 4, 5, 6}  # negative where the next row is the reset
-    for window, present in zip(states.tolist(), mask.tolist()):
-        newest = int(window[-1])
-        expected = [0, 0, 0, *range(1, newest + 1)][-4:]
-        assert window == expected
-        assert present == [x > 0 for x in expected]
-
-
-@pytest.mark.parametrize("history", [1, 3])
-@pytest.mark.parametrize("network", ["llm", "mlp"])
-def test_policy_samples_and_scores_its_distribution(network, history):
-    """Log-probs and entropies against SciPy, frequencies of samples against probabilities, and the greedy action."""
-    policy = make_policy(history, network=network)
-    batch = random_batch(policy, history=history)
-    with torch.no_grad():
-        logits = policy.network.outputs(batch.states, batch.mask)
-        log_probs, entropies = policy.evaluate_actions(batch.states, batch.actions, batch.mask)
-        greedy, scores = policy.get_action(batch.states, batch.mask, greedy=True)
-        torch.manual_seed(0)
-        many, _ = policy.get_action(batch.states[:1].expand(20_000, -1, -1), batch.mask[:1].expand(20_000, -1))
-    probabilities = logits.softmax(-1).numpy()
-    np.testing.assert_allclose(log_probs.exp(), probabilities[range(6), batch.actions], rtol=1e-5)
-    np.testing.assert_allclose(entropies, stats.entropy(probabilities, axis=1), rtol=1e-5)
-    assert greedy.tolist() == probabilities.argmax(1).tolist()
-    np.testing.assert_allclose(scores.exp(), probabilities.max(1), rtol=1e-5)
-    counts = torch.bincount(many, minlength=3)
-    assert stats.chisquare(counts, 20_000 * logits[0].double().softmax(-1).numpy()).pvalue > 1e-3
-
-
-@pytest.mark.parametrize("network", ["llm", "mlp"])
-def test_gaussian_policy_samples_and_scores_its_distribution(network):
-    policy = make_policy(actions=BOX, network=network)
-    policy.network.log_std.data = torch.tensor([-0.7, 0.2])
-    batch = random_batch(policy)
-    with torch.no_grad():
-        means = policy.network.outputs(batch.states, batch.mask)
-        log_probs, entropies = policy.evaluate_actions(batch.states, batch.actions, batch.mask)
-        greedy, _ = policy.get_action(batch.states, batch.mask, greedy=True)
-        torch.manual_seed(0)
-        many, scores = policy.get_action(batch.states[:1].expand(20_000, -1, -1))
-    std = np.exp([-0.7, 0.2])
-    expected = stats.norm.logpdf(batch.actions, means, std).sum(1)
-    np.testing.assert_allclose(log_probs, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(entropies, [stats.norm.entropy(0, std).sum()] * 6, rtol=1e-5)
-    assert torch.equal(greedy, means)
-    np.testing.assert_allclose(many.mean(0), means[0], atol=0.05)
-    np.testing.assert_allclose(many.std(0), std, rtol=0.03)
-    np.testing.assert_allclose(scores, stats.norm.logpdf(many, means[0], std).sum(1), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("network", ["llm", "mlp"])
-@pytest.mark.parametrize("actions", [DISCRETE, BOX], ids=["discrete", "box"])
-def test_reinforce_trains_the_same_policy(network, actions):
-    """The policy needs nothing of PPO: twenty lines of another algorithm teach it to answer the sign of its state."""
-    torch.manual_seed(0)
-    policy = ppo.StochasticPolicy(ppo.make_network(Args(network=network), spec_of(1, actions), torch.float32))
-    optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=3e-3)
-
-    def reward_of(states, chosen):
-        sign = states[:, 0, 0].sign()
-        if policy.network.is_discrete:
-            return (chosen == 1 + sign).float()  # action 0 or 2
-        return -(chosen - 0.5 * sign[:, None]).square().mean(-1)
-
-    for _ in range(80):
-        states = torch.randn(64, 1, 4)
-        chosen, _ = policy.get_action(states)
-        rewards = reward_of(states, chosen)
-        log_probs, _ = policy.evaluate_actions(states, chosen)
-        loss = -(log_probs * (rewards - rewards.mean()) / (rewards.std() + 1e-8)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    states = torch.randn(500, 1, 4)
-    reached = reward_of(states, policy.get_action(states, greedy=True)[0]).mean().item()
-    assert reached > (0.9 if policy.network.is_discrete else -0.06)
-
-
-def test_no_dropout_is_left(folders):
-    """GPT-2's configuration has dropout 0.1 and LoRA's default is 0.05: in training mode, nothing is random."""
-    policy = make_policy(3, llm_id=folders["gpt2"]).train()
-    states = torch.randn(4, 3, 4)
-    assert torch.equal(policy.network.outputs(states, None), policy.network.outputs(states, None))
-    noisy = make_policy(3, llm_id=folders["gpt2"], lora_dropout_in_update=True)
-    assert torch.equal(noisy.network.outputs(states, None), noisy.network.outputs(states, None))
-    noisy.train()
-    assert not torch.equal(noisy.network.outputs(states, None), noisy.network.outputs(states, None))
-
-
-def test_checkpointing_and_bfloat16():
-    """Activations computed again give the same gradient; a bfloat16 body has float32 log-probs near those of float32,
-    and what is trained stays float32."""
-    plain, again = make_policy(3).train(), make_policy(3, gradient_checkpointing=True).train()
-    batch = random_batch(plain, history=3)
-    for policy in (plain, again):
-        policy.evaluate_actions(batch.states, batch.actions, batch.mask)[0].sum().backward()
-    assert again.network.body.is_gradient_checkpointing
-    for p, q in zip(plain.parameters(), again.parameters()):
-        assert p.grad is q.grad is None or torch.equal(p.grad, q.grad)
-    half = make_policy(3, dtype="bfloat16")
-    half.load_state_dict(plain.state_dict())
-    dtypes = {p.dtype for p in half.parameters() if p.requires_grad}
-    assert dtypes == {torch.float32}
+def test_bfloat16_is_the_frozen_bodys_alone():
+    whole, half = make_policy(history=3), make_policy(history=3, bfloat16=True)
+    half.load_state_dict(whole.state_dict())
+    assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in half.parameters() if not p.requires_grad} == {torch.bfloat16}
-    log_probs, _ = half.evaluate_actions(batch.states, batch.actions, batch.mask)
+    states, actions = some_rows(whole, history=3)
+    log_probs, exact = (policy.evaluate_actions(states, actions)[0] for policy in (half, whole))
     assert log_probs.dtype == torch.float32
-    exact, _ = plain.evaluate_actions(batch.states, batch.actions, batch.mask)
-    torch.testing.assert_close(log_probs, exact, rtol=0, atol=0.1)
-    assert not torch.equal(log_probs, exact)
+    assert 0 < (log_probs - exact).abs().max() < 0.1
 
 
-# --------------------------------------------------------------------------------------------------------------- update
+@both_spaces
+@both_networks
+def test_policy_samples_and_scores_its_distribution(network, is_discrete):
+    """Log-probs and entropies against SciPy, samples against probabilities, the greedy action against the largest."""
+    policy = make_policy(is_discrete, network=network, history=2)
+    states, actions = some_rows(policy, history=2)
+    with torch.no_grad():
+        outputs = outputs_of(policy.network, states).double()
+        log_probs, entropies = policy.evaluate_actions(states, actions)
+        torch.manual_seed(0)
+        sampled, scores = policy.get_action(states[:1].expand(20_000, -1, -1))
+    greedy, greedy_scores = policy.get_action(states, greedy=True)
+    torch.testing.assert_close(scores, policy.evaluate_actions(states[:1].expand(20_000, -1, -1), sampled)[0])
+    torch.testing.assert_close(greedy_scores, policy.evaluate_actions(states, greedy)[0])
+    if is_discrete:
+        chances = outputs.softmax(-1).numpy()
+        expected, expected_entropies = np.log(chances[range(6), actions]), stats.entropy(chances, axis=1)
+        assert greedy.tolist() == chances.argmax(1).tolist()
+        assert stats.chisquare(torch.bincount(sampled, minlength=3), 20_000 * chances[0]).pvalue > 1e-3
+    else:
+        normals = stats.norm(outputs.numpy(), np.exp([-0.7, 0.2, 0]))
+        expected, expected_entropies = normals.logpdf(actions).sum(-1), normals.entropy().sum(-1)
+        torch.testing.assert_close(greedy.double(), outputs)
+        np.testing.assert_allclose(sampled.mean(0), outputs[0], atol=0.05)
+        np.testing.assert_allclose(sampled.std(0), np.exp([-0.7, 0.2, 0]), rtol=0.03)
+    np.testing.assert_allclose(log_probs, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(entropies, expected_entropies, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- loss and batches
 
 
 def loss_by_hand(policy, critic, batch, args):
-    """The mean loss, row by row, without any function of the script but the network."""
-    loss = 0.0
-    for b in range(len(batch.states)):
-        outputs = policy.network.outputs(batch.states[b : b + 1], batch.mask[b : b + 1])[0]
+    """The loss row by row, without any function of the script but the network."""
+    total = 0.0
+    for b, advantage in enumerate(batch.advantages):
+        outputs = outputs_of(policy.network, batch.states[b : b + 1])[0]
         if policy.network.is_discrete:
             new = torch.distributions.Categorical(logits=outputs)
         else:
-            covariance = torch.diag((2 * policy.network.log_std).exp())
-            new = torch.distributions.MultivariateNormal(outputs, covariance)
-        ratio = (new.log_prob(batch.actions[b]) - batch.old_log_probs[b]).exp()
-        advantage, value = batch.advantages[b], critic(batch.states[b].reshape(1, -1))[0, 0]
-        low, high = 1 - args.clip_coef, 1 + args.clip_coef
-        error = (value - batch.returns[b]) ** 2
-        if args.clip_vloss:
-            near = batch.old_values[b] + (value - batch.old_values[b]).clamp(-args.clip_coef, args.clip_coef)
-            error = max(error, (near - batch.returns[b]) ** 2)
-        loss = loss - min(ratio * advantage, max(low, min(high, ratio)) * advantage)
-        loss = loss + args.vf_coef * error / 2 - args.ent_coef * new.entropy()
-    return loss / len(batch.states)
+            new = torch.distributions.MultivariateNormal(outputs, torch.diag((2 * policy.network.log_std).exp()))
+        log_prob = new.log_prob(batch.actions[b])
+        ratio = (log_prob - batch.log_probs[b]).exp()
+        if args.algorithm == "ppo":
+            low, high = 1 - args.clip_coef, 1 + args.clip_coef
+            total = total - min(ratio * advantage, max(low, min(high, ratio)) * advantage)
+        else:
+            total = total - log_prob * advantage
+        error = (critic(batch.states[b].reshape(1, -1))[0, 0] - batch.returns[b]) ** 2
+        total = total + args.vf_coef * error / 2 - args.ent_coef * new.entropy()
+    return total / len(batch.states)
 
 
-@pytest.mark.parametrize("actions", [DISCRETE, BOX], ids=["discrete", "box"])
-@pytest.mark.parametrize("clip_vloss", [True, False])
-def test_loss_and_gradient(actions, clip_vloss):
-    """Both equal those of an independent formula, and the gradients of parts of a minibatch add up to the whole's."""
-    args = Args(ent_coef=0.03, clip_vloss=clip_vloss)
-    policy = make_policy(2, actions, llm_id="tiny-random")
-    critic, batch = torch.nn.Linear(8, 1), random_batch(policy, history=2)
-    parameters = [p for p in (*policy.parameters(), *critic.parameters()) if p.requires_grad]
-    ours, parts = ppo.policy_ppo_loss(policy, critic, batch, 6, args)
+@both_spaces
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce"])
+def test_loss_and_gradient(algorithm, is_discrete):
+    """Both equal those of an independent formula, with ratios on both sides of the clip."""
+    args = Args(algorithm=algorithm, ent_coef=0.03, network="mlp", history=2)
+    policy, critic = make_policy(is_discrete, network="mlp", history=2).double(), torch.nn.Linear(8, 1).double()
+    states, actions = some_rows(policy, history=2)
+    states, vectors = states.double(), torch.randn(3, 6, generator=torch.Generator().manual_seed(2)).double()
+    log_probs = policy.evaluate_actions(states, actions)[0].detach() + 0.4 * vectors[0]
+    batch = Batch(states, actions if is_discrete else actions.double(), log_probs, *vectors[1:])
+    ours, figures = ppo.ppo_loss(policy, critic, batch, args)
     expected = loss_by_hand(policy, critic, batch, args)
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    gradients = [torch.autograd.grad(x, parameters, retain_graph=True) for x in (ours, expected)]
-    for mine, independent in zip(*gradients):
-        torch.testing.assert_close(mine, independent, rtol=1e-3, atol=1e-5)
-    means = {name: part.mean() for name, part in parts.items()}
-    total = means["policy_loss"] + args.vf_coef * means["value_loss"] - args.ent_coef * means["entropy"]
+    torch.testing.assert_close(ours, expected)
+    parameters = [*policy.parameters(), *critic.parameters()]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (ours, expected)))
+    total = figures["policy_loss"] + args.vf_coef * figures["value_loss"] - args.ent_coef * figures["entropy"]
     torch.testing.assert_close(ours.detach(), total)
-    pieces = ppo.split_rows(batch, 4)
-    assert [len(piece.states) for piece in pieces] == [4, 2]
-    summed = [torch.zeros_like(p) for p in parameters]
-    for piece in pieces:
-        loss, _ = ppo.policy_ppo_loss(policy, critic, piece, 6, args)
-        for total, gradient in zip(summed, torch.autograd.grad(loss, parameters)):
-            total += gradient
-    for whole, gradient in zip(gradients[0], summed):
-        torch.testing.assert_close(whole, gradient, rtol=1e-3, atol=1e-5)
+    ratios = (policy.evaluate_actions(states, batch.actions)[0] - log_probs).exp()
+    assert figures["clipfrac"] == ((ratios < 0.8) | (ratios > 1.2)).double().mean() > 0
+    assert figures["approx_kl"].item() == pytest.approx((ratios - 1 - ratios.log()).mean().item())
 
 
-def test_micro_batches_change_nothing_but_memory(tmp_path, monkeypatch):
-    """A run whose minibatches go through the networks three rows at a time has the metrics and weights of the run that
-    takes them whole, and never more than three rows at once."""
-    rows = []
-    loss = ppo.policy_ppo_loss
-    monkeypatch.setattr(
-        ppo, "policy_ppo_loss", lambda p, c, batch, *a: (rows.append(len(batch.states)), loss(p, c, batch, *a))[1]
-    )
-    args = SMALL | {"total_timesteps": 150, "norm_adv": True}
-    for name, size in (("whole", None), ("parts", 3)):
-        rows.clear()
-        ppo.train(Args(run_dir=str(tmp_path / name), micro_batch_size=size, **args))
-        assert max(rows) == (size or 32)
-    for whole, parts in zip(*(read_metrics(tmp_path / name) for name in ("whole", "parts"))):
-        figures = [[float(x) for x in row.values()] for row in (whole, parts)]
-        assert figures[0] == pytest.approx(figures[1], rel=1e-3, abs=1e-5, nan_ok=True)
-    whole, parts = (load_checkpoint(tmp_path / name)["parameters"] for name in ("whole", "parts"))
-    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-4)
+def test_minibatches():
+    """Every row once per pass, in orders that differ; as many minibatches as asked for, which ranks with fewer rows
+    depend on."""
+    column = torch.arange(10.0)
+    batch = Batch(column[:, None, None], column, column, column, column)
+    each = list(ppo.minibatches(batch, Args(num_minibatches=4, update_epochs=3)))
+    assert [len(m.states) for m in each] == [3, 3, 2, 2] * 3
+    orders = [torch.cat([m.returns for m in each[i : i + 4]]).tolist() for i in (0, 4, 8)]
+    assert all(sorted(order) == column.tolist() for order in orders)
+    assert len({*map(tuple, orders)}) == 3
+    assert all(torch.equal(m.states[:, 0, 0], m.advantages) for m in each)  # columns stay together
 
 
-@pytest.mark.parametrize("history", [1, 3])
-def test_ratio_is_one_before_the_first_step(tmp_path, monkeypatch, capsys, history):
-    """In each iteration, with minibatches of other sizes than the scoring pass had; and the run says so."""
-    seen = []
-    loss = ppo.policy_ppo_loss
-
-    def spy(*a):
-        total, parts = loss(*a)
-        seen.append(parts["log_ratio"])
-        return total, parts
-
-    monkeypatch.setattr(ppo, "policy_ppo_loss", spy)
-    args = SMALL | {"history": history, "checkpoint_interval": 2, "learning_rate": 1e-2}
-    ppo.train(Args(run_dir=str(tmp_path / "run"), total_timesteps=300, **args))
-    steps_per_iteration = 4
-    for first in seen[::steps_per_iteration]:
-        assert first.abs().max() < 1e-5
-    assert any(later.abs().max() > 1e-3 for later in seen)
-    said = re.search(r"before the first step, \|ratio - 1\| <= (\S+)", capsys.readouterr().out)
-    assert float(said[1]) == pytest.approx((seen[0].exp() - 1).abs().max().item(), rel=0.06, abs=1e-9)
+def test_reinforce_makes_one_step_with_all_rows_of_a_rollout(tmp_path, monkeypatch):
+    spy = Spy(ppo, monkeypatch)
+    flags = {"algorithm": "reinforce", "network": "mlp", "num_envs": 4, "num_steps": 16, "total_timesteps": 150}
+    ppo.train(Args(**flags), tmp_path)
+    sizes = [len(batch.states) for _, _, batch in spy.calls]
+    assert len(sizes) == 3
+    assert [int(row["global_step"]) for row in read_metrics(tmp_path)] == np.cumsum(sizes).tolist()
 
 
-def test_a_ratio_that_is_not_one_stops_the_run(tmp_path, monkeypatch, capsys):
-    """A body that is random in the update where it was not in the rollout, which the check must find."""
-    evaluate = ppo.StochasticPolicy.evaluate_actions
-
-    def unsteady(self, *a):
-        log_probs, entropy = evaluate(self, *a)
-        return log_probs + 0.01 * self.training, entropy
-
-    monkeypatch.setattr(ppo.StochasticPolicy, "evaluate_actions", unsteady)
-    argv = ["--run-dir", tmp_path / "run", "--total-timesteps", 64, *flags(SMALL)]
-    code, lines = run_main(ppo, monkeypatch, capsys, *argv)
-    assert code == 1
-    assert re.match(r"error: ratio - 1 before the first step is up to 1.0e-02.*checkpoint.pt", lines[-1])
-    args = Args(run_dir=str(tmp_path / "b"), total_timesteps=64, lora_dropout_in_update=True, **SMALL)
-    ppo.train(args)  # who asks for it gets it
-
-
-def test_dropout_in_the_update_alone(tmp_path, monkeypatch):
-    """The document's literal reading: adapters drop in the update, and neither in the rollout nor in scoring."""
-    modes = {"get_action": set(), "score": set(), "update": set()}
-    evaluate, get_action = ppo.StochasticPolicy.evaluate_actions, ppo.StochasticPolicy.get_action
-
-    def spy_evaluate(self, *a):
-        dropping = {module.training for module in self.modules() if isinstance(module, torch.nn.Dropout)}
-        modes["update" if torch.is_grad_enabled() else "score"] |= dropping
-        return evaluate(self, *a)
-
-    def spy_act(self, *a):
-        modes["get_action"] |= {module.training for module in self.modules() if isinstance(module, torch.nn.Dropout)}
-        return get_action(self, *a)
-
-    monkeypatch.setattr(ppo.StochasticPolicy, "evaluate_actions", spy_evaluate)
-    monkeypatch.setattr(ppo.StochasticPolicy, "get_action", spy_act)
-    ppo.train(Args(run_dir=str(tmp_path / "a"), total_timesteps=100, lora_dropout_in_update=True, **SMALL))
-    assert modes == {"get_action": {False}, "score": {False}, "update": {True}}
-
-
-def test_reset_rows_are_left_out(tmp_path, monkeypatch):
-    batches = []
-    minibatches = ppo.shuffled_minibatches
-    monkeypatch.setattr(
-        ppo, "shuffled_minibatches", lambda batch, args: (batches.append(batch), minibatches(batch, args))[1]
-    )
-    run_dir = train_probe(tmp_path, "Numbered", total_timesteps=500, update_epochs=1)
-    assert all((batch.states[:, -1] > 0).all() for batch in batches)  # negative in rows of resets
-    assert int(read_metrics(run_dir)[-1]["global_step"]) == sum(len(batch.states) for batch in batches)
-
-
-def test_kl_stop_comes_before_the_step(tmp_path, monkeypatch):
-    steps = []
-    step = torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (steps.append(1), step(self))[1])
-    run_dir = train_probe(tmp_path, "Mirror", total_timesteps=500, target_kl=1e-9, num_minibatches=1)
-    assert len(steps) == len(read_metrics(run_dir))
-
-
-def test_gradient_is_clipped_and_learning_rate_falls(tmp_path, monkeypatch):
-    norms, rates = [], []
-    step = torch.optim.Adam.step
-
-    def spy(self):
-        norms.append(self.param_groups[0]["params"][0].grad.norm().item())
-        rates.append((self.param_groups[0]["lr"], self.param_groups[0]["eps"]))
-        return step(self)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    rows = read_metrics(train_probe(tmp_path, "Coloured", total_timesteps=900, max_grad_norm=0.1, learning_rate=0.01))
-    assert max(norms) == pytest.approx(0.1, rel=1e-4)
-    steps_before = [0, *(int(row["global_step"]) for row in rows[:-1])]
-    expected = [0.01 * (1 - steps / 900) for steps in steps_before]
-    assert rates[:: 8 * 4] == [(pytest.approx(rate), 1e-5) for rate in expected]
-
-
-# ------------------------------------------------------------------------------------------------ probes and real tasks
-
-
-def greedy_return(run_dir, episodes=20):
-    return np.mean(ppo.evaluate_together(ppo.load_policy(run_dir), episodes, "greedy", seed=5))
-
-
-def test_probe_reward_depends_on_observation_and_action(tmp_path):
-    """The language model learns it too."""
-    run_dir = train_probe(tmp_path, "Mirror", network="llm", total_timesteps=2500, learning_rate=5e-3, update_epochs=4)
-    assert greedy_return(run_dir) == 1
-
-
-@pytest.mark.parametrize("history", [1, 2])
-def test_probe_memory(tmp_path, history):
-    """What was seen one step before decides: the language model needs two observations for it, and then can."""
-    changes = {
-        "network": "llm",
-        "history": history,
-        "num_steps": 32,
-        "total_timesteps": 2000 * history,
-        "learning_rate": 5e-3,
-    }
-    reached = greedy_return(train_probe(tmp_path, "Memory", update_epochs=4, **changes), 40)
-    assert reached == 1 if history == 2 else reached < 0.8
-
-
-def test_probe_discrete_actions_with_a_start(tmp_path):
-    assert greedy_return(train_probe(tmp_path, "Bandit")) == 1
-
-
-@pytest.mark.parametrize("network", ["llm", "mlp"])
-def test_probe_best_action_between_asymmetric_bounds(tmp_path, network):
-    changes = {"network": network, "total_timesteps": 3000 if network == "llm" else 6000}
-    run_dir = train_probe(tmp_path, "Dial", learning_rate=5e-3, update_epochs=4, **changes)
-    assert greedy_return(run_dir) > -0.05
-
-
-def test_probe_without_bounds(tmp_path):
-    """The probe checks that the actions are in its space."""
-    assert greedy_return(train_probe(tmp_path, "Open", total_timesteps=6000, update_epochs=4)) > -0.35
-
-
-def test_probe_endless_task_cut_by_truncation(tmp_path):
-    """V = 1 / (1 - gamma) = 10 if a cut episode bootstraps, and about 3 if not."""
-    run_dir = train_probe(tmp_path, "Endless", total_timesteps=12_000, learning_rate=2e-2)
-    critic = ppo.mlp(1, 1, 1.0)
-    spec = ppo.load_policy(run_dir).spec
-    policy = ppo.StochasticPolicy(ppo.MLPNetwork(spec))
-    ppo.flatten_parameters(policy, critic).data.copy_(load_checkpoint(run_dir)["parameters"])
-    assert critic(torch.zeros(1, 1)).item() == pytest.approx(10, rel=0.1)
-
-
-def test_actions_as_the_environment_takes_them():
-    """In units of half the range around the centre, within the bounds, of the space's type; and what is scored stays
-    as it is."""
-    raw = np.array([[0.5, -0.5], [3.0, -9.0]], np.float32)
-    np.testing.assert_allclose(ppo.to_env(raw, spec_of(1, BOX)), [[1, 0.25], [2, 0]])
-    assert raw[1].tolist() == [3, -9]
-
-    def executed(name, *numbers):
-        env = gym.make(f"probe_envs:{name}-v0")
-        envs = gym.make_vec(f"probe_envs:{name}-v0", 1)
-        actions = ppo.to_env(np.array([numbers]), ppo.task_spec(Args(), envs))
-        assert env.action_space.contains(actions[0])
-        return actions[0].ravel().tolist()
-
-    assert executed("Edge", 1.5) == [2]
-    assert executed("Edge", 0.5) == [0]
-    assert executed("Whole", 0.0) == [4]  # half way between 4 and 5, to even
-    assert executed("Whole", 0.56) == [7]
-    assert executed("Open", 1.5, -70, -3) == [1.5, -70, 5]
-    assert executed("Far", 0, 0, 0, 9) == [0.5, 12, -6, 300]
-    bandit = gym.make_vec("probe_envs:Bandit-v0", 1)
-    assert ppo.to_env(np.array([0, 3]), ppo.task_spec(Args(), bandit)).tolist() == [5, 8]
-
-
-def test_observed_components_are_all_that_is_seen(tmp_path):
-    """The policy takes whole observations and sees those that it was trained on."""
-    args = SMALL | {"total_timesteps": 100, "observe": [2, 0], "history": 3, "eval_episodes": 2}
-    ppo.train(Args(run_dir=str(tmp_path / "run"), **args))
-    policy = ppo.load_policy(tmp_path / "run")
-    assert policy.policy.network.encoder[0].in_features == 2
-    obs = np.arange(4, dtype=np.float32)
-    policy.act(obs)
-    policy.act(obs + 10)
-    assert policy.states[0].tolist() == [[0, 0], [2, 0], [12, 10]]
-    with pytest.raises(ppo.UserError, match="3 observations after 1: call reset"):
-        policy.act(np.stack([obs] * 3))
-    policy.reset()
-    policy.act(obs)
-    assert policy.mask[0].tolist() == [False, False, True]
-
-
-@every_architecture
-def test_architectures_train(folders, tmp_path, kind):
-    """Two iterations each on local folders, with histories; the body stays as it was in the folder."""
-    args = SMALL | {"llm_id": folders[kind], "history": 3, "total_timesteps": 100, "eval_episodes": 2}
-    summary = ppo.train(Args(run_dir=str(tmp_path / "run"), **args))
-    assert len(read_metrics(tmp_path / "run")) == 2
-    assert all(isinstance(x, str) or math.isfinite(x) for x in summary.values())
-    policy = ppo.load_policy(tmp_path / "run/policy")
-    before = load_file(Path(folders[kind], "model.safetensors"))
-    for name, x in policy.policy.network.body.state_dict().items():
-        name = name.removeprefix("base_model.model.").replace("base_layer.", "")
-        if "lora_" not in name and "embed_tokens" not in name and not name.startswith("wte"):
-            assert torch.equal(x, before.get(f"model.{name}", before.get(f"transformer.{name}"))), name
-    adapter = load_file(tmp_path / "run/policy/adapter_model.safetensors")
-    assert any(x.abs().max() > 0 for name, x in adapter.items() if "lora_B" in name)
-    assert (
-        json.loads((tmp_path / "run/policy/adapter_config.json").read_text())["base_model_name_or_path"]
-        == folders[kind]
-    )
-
-
-@pytest.mark.parametrize("network", ["llm", "mlp"])
-def test_pendulum_runs(tmp_path, network):
-    args = SMALL | {"network": network, "env_id": "Pendulum-v1", "total_timesteps": 100, "eval_episodes": 1}
-    summary = ppo.train(Args(run_dir=str(tmp_path / "run"), **args))
-    assert -2000 < summary["eval_return_greedy"] < 0
-
-
-# ----------------------------------------------------------------------------------------------------- the saved folder
-
-
-VARIANTS = {
-    "random body": {},
-    "without adapters": {"lora_rank": 0},
-    "box": {"actions": BOX},
-    "bfloat16": {"dtype": "bfloat16"},
-    "mlp": {"network": "mlp"},
-    "qwen2": {"llm_id": "qwen2"},
-    "gpt2": {"llm_id": "gpt2"},
-    "llama": {"llm_id": "llama"},
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_saved_and_loaded_policy_is_the_same(folders, tmp_path, variant):
-    args = dict(VARIANTS[variant])
-    actions = args.pop("actions", DISCRETE)
-    args["llm_id"] = folders.get(args.get("llm_id"), "tiny-random")
-    policy = make_policy(3, actions, **args)
-    ppo.save_policy(tmp_path / "policy", policy, spec_of(3, actions), Args(history=3, **args))
-    batch = random_batch(policy, history=3)
-    loaded = ppo.load_policy(tmp_path / "policy")
-    with torch.no_grad():
-        expected = policy.network(batch.states, batch.mask)
-        ours = loaded.policy.network(batch.states, batch.mask)
-    assert torch.equal(ours.log_prob(batch.actions), expected.log_prob(batch.actions))
-    assert torch.equal(ours.mode, expected.mode)
-    assert (tmp_path / "policy/body").exists() == (args["llm_id"] == "tiny-random" and variant != "mlp")
-
-
-@pytest.mark.parametrize("kind", ["tiny-random", "llama", "gpt2"])
-def test_the_adapter_loads_with_peft_alone(folders, tmp_path, kind):
-    args = Args(llm_id=folders.get(kind, kind), history=2)
-    policy = make_policy(2, llm_id=args.llm_id)
-    ppo.save_policy(tmp_path / "policy", policy, spec_of(2), args)
-    source = tmp_path / "policy/body" if kind == "tiny-random" else args.llm_id
-    body = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
-    model = peft.PeftModel.from_pretrained(body, tmp_path / "policy").eval()
-    tokens = torch.randn(3, 2, body.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = policy.network.body(inputs_embeds=tokens).last_hidden_state
-        assert torch.equal(model(inputs_embeds=tokens).last_hidden_state, expected)
-        with model.disable_adapter():
-            assert not torch.allclose(model(inputs_embeds=tokens).last_hidden_state, expected, atol=1e-3)
+@pytest.mark.parametrize("probe", ["Numbered", "NumberedBox"])
+def test_batches_are_what_happened(tmp_path, monkeypatch, probe):
+    """Of three rollouts of episodes that end in either way, each batch holds the steps that are no resets, with their
+    windows, log-probs, advantages and returns by independent sums. The probe's observations count the steps of an
+    episode from 1, so that a window is known from its last number."""
+    spy, batches, minibatches = Spy(ppo, monkeypatch), [], ppo.minibatches
+    monkeypatch.setattr(ppo, "minibatches", lambda batch, args: (batches.append(batch), minibatches(batch, args))[1])
+    flags = SMALL | {"num_envs": 3, "num_steps": 20, "total_timesteps": 120, "history": 3, "learning_rate": 1e-2}
+    ppo.train(Args(env_id=f"probe_envs:{probe}-v0", **flags), tmp_path)
+    metrics, total = read_metrics(tmp_path), 0
+    assert len(batches) == len(spy.steps) / 20 == len(metrics) == 3
+    for i, batch in enumerate(batches):
+        policy, critic, _ = spy.calls[4 * i]
+        states, actions, rewards, terminated, truncated, rows = spy.rollout(i, 20)
+        assert (rows == (states[:-1, :, -1, 0] > 0)).all()  # negative after the last step of an episode
+        for window in batch.states[..., 0].tolist():
+            newest = int(window[-1])
+            assert window == [1, 1, 1, *range(2, newest + 1)][-3:]
+        with torch.no_grad():
+            values = critic(torch.tensor(states).flatten(2))[..., 0].numpy()
+            log_probs, _ = policy.evaluate_actions(batch.states, batch.actions)
+        advantages = gae_by_definition(rewards, values, terminated, truncated, 0.98, 0.9)
+        normalised = (advantages - advantages[rows].mean()) / advantages[rows].std()
+        expected = Batch(states[:-1], actions, None, normalised, advantages + values[:-1])
+        for name, ours, theirs in zip(Batch._fields, batch, expected):
+            if name != "log_probs":
+                np.testing.assert_allclose(ours, theirs[rows], atol=1e-4, rtol=1e-4, err_msg=name)
+        torch.testing.assert_close(batch.log_probs, log_probs, rtol=0, atol=1e-5)  # the ratio is 1 at first
+        total += rows.sum()
+        assert int(metrics[i]["global_step"]) == total
+        explained = 1 - np.var(advantages[rows]) / np.var((advantages + values[:-1])[rows])
+        assert float(metrics[i]["losses/explained_variance"]) == pytest.approx(explained, rel=1e-3)
+    assert (spy.calls[1][0].evaluate_actions(*spy.calls[1][2][:2])[0] - spy.calls[1][2].log_probs).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(
-    "missing",
+    ("probe", "policys", "envs"),
     [
-        "policy.json",
-        "weights.safetensors",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "body",
-        "body/config.json",
+        ("Bandit", [0, 3], [5, 8]),
+        ("Dial", [[0], [0.5], [-9]], [[5], [6], [3]]),
+        ("Edge", [[0.25], [2]], [[-1], [2]]),
+        ("Far", [[0, 0, 0, 0], [1, -1, 0.5, 3]], [[[0.5, 12], [-6, 200]], [[1, 10], [-5, 300]]]),
+        ("Open", [[0, 0, 0], [2, -7, 1.5]], [[0, 0, 5], [2, -7, 6.5]]),
+        ("Whole", [[0.5], [0.6], [3]], [[7], [7], [9]]),
     ],
 )
-def test_a_folder_with_a_missing_file(tmp_path, monkeypatch, capsys, missing):
-    folder = tmp_path / "policy"
-    ppo.save_policy(folder, make_policy(), spec_of(1), Args())
-    path = folder / missing
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    code, lines = run_main(ppo, monkeypatch, capsys, "--play", folder)
-    assert code == 2
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    assert str(folder) in lines[0]
+def test_actions_as_environments_take_them(probe, policys, envs):
+    """Discrete ones that start at 5; halves of ranges around a centre, clipped; boxes of two axes, open, or integer."""
+    env, taken = ppo.make_envs(Args(env_id=f"probe_envs:{probe}-v0"), len(policys)), []
+    space = env.single_action_space
+    for one in env.unwrapped.envs:
+        inner = one.unwrapped
+        inner.step = lambda action, step=inner.step: (taken.append(action), step(action))[1]
+    env.reset(seed=0)
+    env.step(np.array(policys, np.int64 if probe == "Bandit" else np.float32))
+    np.testing.assert_allclose(taken, envs)
+    assert all(space.contains(action) for action in taken)
 
 
-def test_a_folder_that_does_not_fit(tmp_path, monkeypatch, capsys):
-    """Another state size in policy.json, another version, damaged weights, an environment that has changed."""
-    folder = tmp_path / "policy"
-    ppo.save_policy(folder, make_policy(), spec_of(1) | {"env_id": "Pendulum-v1"}, Args())
-    description = json.loads((folder / "policy.json").read_text())
-    weights = (folder / "weights.safetensors").read_bytes()
-
-    def play(words, **changes):
-        (folder / "policy.json").write_text(json.dumps(description | changes))
-        code, lines = run_main(ppo, monkeypatch, capsys, "--play", folder)
-        assert code == 2
-        assert len(lines) == 1, lines
-        assert re.search(words, lines[0]), lines
-
-    play("observation of shape .*takes observations of 4 numbers, as Pendulum-v1")
-    play("weights.safetensors and policy.json", spec=description["spec"] | {"observe": [0, 1, 2]})
-    play("format 9 of ppo_llm_policy.py", format=9)
-    save_file({"head.0.bias": torch.zeros(3)}, folder / "weights.safetensors")
-    play("weights.safetensors and policy.json")
-    (folder / "weights.safetensors").write_bytes(weights[:100])
-    play("is not whole")
-    play("is not whole", dtype="float33")
+# ------------------------------------------------------------------------------------------------------ what is learned
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "body/model.safetensors"])
-def test_weights_that_are_missing_are_not_made_up(tmp_path, file):
-    """PEFT and transformers would only warn, and go on with others."""
-    ppo.save_policy(tmp_path / "policy", make_policy(), spec_of(1), Args())
-    path = tmp_path / "policy" / file
-    tensors = load_file(path)
-    tensors.pop(sorted(tensors)[-1])
-    save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ppo.UserError, match="policy is not whole, copy all of it"):
-        ppo.load_policy(tmp_path / "policy")
+def test_gradient_is_clipped_and_learning_rate_falls(tmp_path, monkeypatch):
+    rates, norms = [], []
+    step = torch.optim.Adam.step
+
+    def spied_step(optimizer):
+        (group,) = optimizer.param_groups
+        rates.append(group["lr"])
+        norms.append(torch.stack([p.grad.norm() for p in group["params"]]).norm().item())
+        assert (group["eps"], group["betas"]) == (1e-5, (0.9, 0.999))
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spied_step)
+    flags = SMALL | {"num_minibatches": 1, "update_epochs": 1, "network": "mlp", "env_id": "probe_envs:Endless-v0"}
+    ppo.train(Args(total_timesteps=200, max_grad_norm=0.1, **flags), tmp_path / "a")
+    rows = read_metrics(tmp_path / "a")
+    before = [0, *(int(row["global_step"]) for row in rows[:-1])]
+    assert rates == [float(row["charts/learning_rate"]) for row in rows]
+    assert rates == pytest.approx([2e-3 * (1 - b / 200) for b in before])
+    assert norms == pytest.approx([0.1] * len(rows), rel=1e-4)
+    assert all(float(row["losses/grad_norm"]) > 0.2 for row in rows)
+    rates.clear()
+    ppo.train(Args(total_timesteps=200, anneal_lr=False, **flags), tmp_path / "b")
+    assert {*rates} == {2e-3}
 
 
-def test_a_local_body_is_found_from_elsewhere(folders, tmp_path, monkeypatch):
-    """Also where the folder's name is that of another body, and not where it has gone."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(folders["llama"], "body")
-    ppo.save_policy(Path("policy"), make_policy(llm_id="body"), spec_of(1), Args(llm_id="body"))
-    Path("elsewhere").mkdir()
-    monkeypatch.chdir("elsewhere")
-    assert ppo.load_policy("../policy").policy.network.body.config.model_type == "llama"
-    shutil.rmtree("../body")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ppo.UserError, match=f"{tmp_path}/body cannot be loaded"):
-        ppo.load_policy("../policy")
+def test_kl_stop_comes_before_the_step(tmp_path, monkeypatch):
+    """With a target below what one step changes, each update makes exactly one step; without one, all of them."""
+    counts = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (counts.append(1), step(self))[1])
+    for target, steps in ((1e-9, 1), (None, 4)):
+        counts.clear()
+        ppo.train(Args(total_timesteps=200, target_kl=target, network="mlp", **SMALL), tmp_path / str(target))
+        assert len(counts) == steps * len(read_metrics(tmp_path / str(target)))
 
 
-def test_bodies_that_are_no_causal_language_models(tmp_path, monkeypatch, capsys):
-    """BERT looks ahead; a folder with foreign weights would get random ones."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    bert = transformers.BertModel(transformers.BertConfig(vocab_size=8, initializer_range=0.5, **sizes))
-    bert.save_pretrained(tmp_path / "bert")
-    tiny = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=8, **sizes))
-    tiny.save_pretrained(tmp_path / "foreign")
-    save_file({"x": torch.zeros(2)}, tmp_path / "foreign/model.safetensors", metadata={"format": "pt"})
-    for name, words in (("bert", "not causal"), ("foreign", "lack 1. weights of the body")):
-        argv = ["--llm-id", tmp_path / name, "--run-dir", tmp_path / "run"]
-        code, lines = run_main(ppo, monkeypatch, capsys, *argv)
-        assert code == 2
-        assert len(lines) == 1
-        assert re.search(words, lines[0]), lines
-        assert not (tmp_path / "run").exists()
+def train_probe(run_dir, probe, total_timesteps=4000, **flags):
+    """A run that is long enough to learn what the probe is about, and its policy's greedy return."""
+    flags = SMALL | {"num_envs": 16, "update_epochs": 8, "num_minibatches": 4, "learning_rate": 5e-3} | flags
+    args = Args(env_id=f"probe_envs:{probe}-v0", total_timesteps=total_timesteps, eval_episodes=50, **flags)
+    ppo.train(args, run_dir)
+    return ppo.evaluate(args, run_dir)["eval_return_greedy"]
 
 
-def test_an_interrupted_export_leaves_no_policy(tmp_path, monkeypatch):
-    """The folder appears whole, and replaces an older one."""
-    folder = tmp_path / "policy"
-    ppo.save_policy(folder, make_policy(seed=1), spec_of(1), Args())
-    old = (folder / "weights.safetensors").read_bytes()
-    (tmp_path / "policy.part").mkdir()  # of an export that was killed
-    with monkeypatch.context() as patch:
-        patch.setattr(ppo, "save_file", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
-            ppo.save_policy(folder, make_policy(seed=2), spec_of(1), Args())
-    assert (folder / "weights.safetensors").read_bytes() == old
-    ppo.save_policy(folder, make_policy(seed=2), spec_of(1), Args())
-    assert (folder / "weights.safetensors").read_bytes() != old
-    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+def test_a_cut_episode_counts_with_the_value_of_its_last_observation(tmp_path):
+    """V = 1 / (1 - gamma) = 5; as a termination, a truncation would give 3.4 at most."""
+    train_probe(tmp_path, "Endless", network="mlp", gamma=0.8)
+    critic = ppo.mlp(1, 1, 1.0)
+    ppo.load(tmp_path / "checkpoint.pt", critic=critic)
+    assert critic(torch.zeros(1, 1)).item() == pytest.approx(5.0, abs=0.25)
 
 
-def test_play_and_load_policy_give_the_summarys_returns(tmp_path, monkeypatch, capsys):
-    args = SMALL | {"total_timesteps": 400, "eval_episodes": 3, "seed": 3, "history": 2}
-    ppo.train(Args(run_dir=str(tmp_path / "run"), **args))
-    said = capsys.readouterr().out
-    assert "random" in said.splitlines()[0]  # the body is not trained
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    wanted = {"script", "task", "seed", "global_step", "seconds", "steps_per_second", "train_return"}
-    assert wanted <= set(summary)
-    config = json.loads((tmp_path / "run/config.json").read_text())
-    assert {"torch", "transformers", "peft", "numpy", "gymnasium", "python"} <= set(config["versions"])
-    monkeypatch.setattr(sys, "argv", ["x", "--play", str(tmp_path / "run"), "--eval-episodes", "3", "--seed", "3"])
-    ppo.main()
-    greedy, sampled = capsys.readouterr().out.splitlines()
-    assert f"mean {summary['eval_return_greedy']:.1f}" in greedy
-    assert f"mean {summary['eval_return_sampled']:.1f}" in sampled
-    # An application that steps one environment reaches what the episodes reached side by side.
-    policy, env = ppo.load_policy(tmp_path / "run"), gym.make("CartPole-v1")
-    (seed,) = ppo.derive_seeds(3, 2**32 - 1, 1)
-    returns = []
-    for episode in range(3):
-        policy.reset()
-        obs, _ = env.reset(seed=seed + episode)
-        over, total = False, 0.0
-        while not over:
-            action = policy.act(obs)
-            assert env.action_space.contains(action)
-            obs, reward, terminated, truncated, _ = env.step(action)
-            over, total = terminated or truncated, total + reward
-        returns.append(total)
-    assert f"{' '.join(f'{r:g}' for r in returns)}" in greedy
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce"])
+@both_networks
+def test_actions_depend_on_observations(tmp_path, network, algorithm):
+    steps = 2000 if algorithm == "ppo" else 8000
+    assert train_probe(tmp_path, "Mirror", steps, network=network, algorithm=algorithm) == 1.0
 
 
-# ------------------------------------------------------------------------------- same again, killed, resumed and spread
+@pytest.mark.parametrize("history", [1, 2])
+def test_memory(tmp_path, history):
+    """What was seen one step before decides: the language model needs two observations for it, and then can."""
+    reached = train_probe(tmp_path, "Memory", 2000 * history, history=history, num_steps=32, update_epochs=4)
+    assert reached == 1.0 if history == 2 else reached < 0.8
+
+
+@both_networks
+def test_box_actions_of_several_axes(tmp_path, network):
+    """Bounds that lie on one side of 0 and differ by cell; the best action is a third of... the centre for one sign."""
+    assert train_probe(tmp_path, "Dial", network=network) > -0.05
+
+
+# ------------------------------------------------------------------------- the policy alone, killed, resumed and spread
 
 
 def test_same_seed_same_run(tmp_path):
-    args = SMALL | {"total_timesteps": 300, "checkpoint_interval": 2, "history": 2}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        ppo.train(Args(run_dir=str(tmp_path / name), seed=seed, **args))
+        ppo.train(Args(total_timesteps=150, seed=seed, history=2, **SMALL), tmp_path / name)
     assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b") != read_metrics(tmp_path / "c")
-    same_weights(tmp_path / "a", tmp_path / "b")
-    for name in ("weights.safetensors", "adapter_model.safetensors", "body/model.safetensors"):
-        a, b, c = ((tmp_path / run / "policy" / name).read_bytes() for run in "abc")
-        assert a == b != c
+    states = [ppo.load(tmp_path / name / "checkpoint.pt") for name in ("a", "b")]
+    for part in ("policy", "critic", "optimizer", "queues"):
+        same_state(*(state[part] for state in states))
 
 
-def test_killed_and_resumed_equals_never_stopped(tmp_path, monkeypatch):
-    """SIGKILL, then SIGTERM in the resumed run, then the command that it prints."""
-    args = SMALL | {"total_timesteps": 1400, "checkpoint_interval": 4, "history": 2}
-    process = start(ppo, "--run-dir", tmp_path / "cut", *flags(args))
-    wait_for_rows(tmp_path / "cut", 6, process)
+def test_killed_and_resumed(tmp_path, monkeypatch):
+    """A run that was killed goes on with the learner as it was, and each iteration has one row."""
+    run_dir, flags = tmp_path / "run", ["--history", "2", "--device", "cpu", "--num-steps", "16"]
+    process = start(ppo, "--run-dir", run_dir, "--checkpoint-interval", 5, "--eval-episodes", 2, *flags)
+    wait_for_rows(run_dir, 7, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    before = load_checkpoint(tmp_path / "cut")["iteration"]
-    assert before % 4 == 0
-    process = start(ppo, "--resume", tmp_path / "cut")
-    wait_for_rows(tmp_path / "cut", before + 5, process)
-    process.send_signal(signal.SIGTERM)
-    errors = process.communicate()[1]
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    assert load_checkpoint(tmp_path / "cut")["iteration"] > before
-    resume_as_printed(ppo, errors, monkeypatch)
-    ppo.train(Args(run_dir=str(tmp_path / "whole"), **args))
-    assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
-    same_weights(tmp_path / "cut", tmp_path / "whole")
-    for name in ("weights.safetensors", "adapter_model.safetensors", "body/model.safetensors"):
-        assert (tmp_path / "cut/policy" / name).read_bytes() == (tmp_path / "whole/policy" / name).read_bytes()
+    state = ppo.load(run_dir / "checkpoint.pt")
+    iteration, global_step, seconds = state["progress"]
+    assert iteration % 5 == 0 < seconds
+    args = Args(**json.loads((run_dir / "config.json").read_text()))
+    ppo.train(Args(resume=str(run_dir), total_timesteps=global_step, history=2, device="cpu"), run_dir)  # nothing to do
+    same_state(state, ppo.load(run_dir / "checkpoint.pt"))
+    whole = read_metrics(run_dir)
+    assert len(whole) == iteration
+    (run_dir / "config.json").write_text(json.dumps(vars(args)))
+
+    steps = str(global_step + 600)
+    spy = Spy(ppo, monkeypatch)
+    run_script(ppo, monkeypatch, "--resume", run_dir, "--total-timesteps", steps, "--learning-rate", 1e-4)
+    same_state(ppo.own_weights(spy.calls[0][0], args).state_dict(), state["policy"])
+    rows = read_metrics(run_dir, with_time=True)
+    assert read_metrics(run_dir)[:iteration] == whole
+    assert iteration + 2 <= len(rows) <= iteration + 4
+    assert float(rows[iteration]["charts/learning_rate"]) == pytest.approx(1e-4 * (1 - global_step / float(steps)))
+    assert 0 < float(rows[iteration]["charts/episodic_return"]) < 500  # the last hundred episodes are remembered
+    assert [step for step, _ in tensorboard_rows(run_dir)] == [int(row["global_step"]) for row in rows]
+    config = json.loads((run_dir / "config.json").read_text())
+    assert (config["checkpoint_interval"], config["history"], config["learning_rate"]) == (5, 2, 1e-4)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["seconds"] > seconds
+    run_script(ppo, monkeypatch, "--resume", run_dir)  # a finished run is evaluated again, no more
+    assert json.loads((run_dir / "summary.json").read_text()) == summary
+    assert len(read_metrics(run_dir)) == len(rows)
 
 
-def test_two_ranks(tmp_path):
-    """The gradient of two ranks is that of one process with all rows, in parts of different size; and a run on two
-    ranks ends with the same weights on both and writes each file once."""
+def test_two_ranks_equal_one_process(tmp_path):
+    """After a few steps on rollouts whose rows the ranks share unequally: weights, steps and the loss's figures."""
     run_two_ranks(ROOT / "tests/ranks_llm.py", tmp_path)
-    records = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    policy, critic = ranks_llm.make_networks()
-    parameters = ppo.flatten_parameters(policy, critic)
-    batches = [ranks_llm.make_batch(rank) for rank in (0, 1)]
-    for i in range(2):
-        rows = [record["minibatches"][i] for record in records]
-        whole = Batch(*(torch.cat([x[r["rows"]] for x, r in zip(pair, rows)]) for pair in zip(*batches)))
-        advantages = (whole.advantages - whole.advantages.mean()) / (whole.advantages.std() + 1e-8)
-        loss, _ = ppo.policy_ppo_loss(
-            policy, critic, whole._replace(advantages=advantages), len(advantages), ranks_llm.ARGS
-        )
-        parameters.grad.zero_()
-        loss.backward()
-        for r in rows:
-            torch.testing.assert_close(r["gradient"], parameters.grad, rtol=1e-3, atol=1e-6)
-    assert torch.equal(records[0]["trained"], records[1]["trained"])
-    assert torch.equal(records[0]["trained"], load_checkpoint(tmp_path / "run")["parameters"])
-    assert (tmp_path / "run/policy/adapter_model.safetensors").exists()
-    assert len(read_metrics(tmp_path / "run")) == 2
+    get_action = ppo.StochasticPolicy.get_action
+    try:
+        alone = ranks_llm.run(tmp_path / "alone", 0, 1)
+    finally:
+        ppo.StochasticPolicy.get_action = get_action
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    same_state(*ranks)
+    torch.testing.assert_close(ranks[0], alone, rtol=0, atol=2e-5)
+    together, expected = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "alone/run")
+    assert len(together) == len(expected) >= 3
+    for row, other in zip(together, expected):
+        assert row["global_step"] == other["global_step"]
+        for name in ("policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm"):
+            assert float(row[f"losses/{name}"]) == pytest.approx(float(other[f"losses/{name}"]), rel=1e-3, abs=1e-5)
+
+
+@every_architecture
+def test_the_policy_stands_alone(folders, tmp_path, monkeypatch, capsys, kind):
+    """--play and load_policy give the summary's returns; a pretrained body is not saved; peft loads the adapter."""
+    run_dir, flags = tmp_path / "run", ["--llm-id", folders[kind], "--history", 2, "--seed", 3, "--device", "cpu"]
+    run_script(ppo, monkeypatch, "--run-dir", run_dir, "--total-timesteps", 600, "--eval-episodes", 3, *flags)
+    said = capsys.readouterr().out
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert {*summary} == {"global_step", "seconds", "train_return", "eval_return_greedy", "eval_return_sampled"}
+    assert f"greedy actions: return {summary['eval_return_greedy']:.1f}" in said
+    before = {path: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
+    run_script(ppo, monkeypatch, "--play", run_dir)
+    assert said.startswith(capsys.readouterr().out)
+    assert {path: path.read_bytes() for path in run_dir.iterdir() if path.is_file()} == before
+
+    policy, env, returns = ppo.load_policy(run_dir), gym.make("CartPole-v1"), []
+    for episode in range(3):
+        obs, _ = env.reset(seed=2**31 + 3000 + episode)
+        state, over, total = np.stack([obs, obs]), False, 0.0
+        while not over:
+            action, _ = policy.get_action(torch.tensor(state)[None], greedy=True)
+            obs, reward, terminated, truncated, _ = env.step(action.item())
+            state, over, total = np.stack([state[1], obs]), terminated or truncated, total + reward
+        returns.append(total)
+    assert np.mean(returns) == summary["eval_return_greedy"]
+
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    saved = ppo.load(run_dir / "policy.pt")["policy"]
+    assert sum(weight.numel() for weight in saved.values()) == trained
+    body = transformers.AutoModel.from_pretrained(folders[kind], dtype=torch.float32)
+    body = peft.PeftModel.from_pretrained(body, run_dir / "adapter")
+    embeddings = torch.randn(3, 2, 32)
+    with torch.no_grad():
+        ours, theirs = (x(inputs_embeds=embeddings).last_hidden_state for x in (policy.network.body, body))
+        torch.testing.assert_close(ours, theirs)
+        with body.disable_adapter():
+            assert not torch.allclose(body(inputs_embeds=embeddings).last_hidden_state, theirs, atol=1e-5)
+
+
+def test_evaluation_of_what_never_ends_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ppo, "range", lambda n: range(50) if n == 100_000 else range(n), raising=False)
+    assert train_probe(tmp_path, "Forever", total_timesteps=100, network="mlp") == 50
+    assert "over 50 episodes, 50 of them unfinished" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
@@ -884,83 +544,69 @@ def test_two_ranks(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        (["--env-id", "NoSuchThing-v3"], "--env-id"),
+        (["--env-id", "NoSuchThing-v3"], "NoSuchThing"),
+        (["--env-id", "no_such_module:Thing-v0"], "no_such_module"),
         (["--env-id", "probe_envs:Many-v0"], "--env-id probe_envs:Many-v0"),
-        (["--env-id", "probe_envs:Shapeless-v0"], "--env-id probe_envs:Shapeless-v0"),
-        (["--observe", "0", "4"], "--observe 0 4: CartPole-v1 has components 0 to 3"),
-        (["--observe", "-1"], "--observe"),
         (["--history", "0"], "--history"),
-        (["--llm-id", "nowhere/to-be-found"], "tiny-random, qwen2-0.5b-random"),
-        (["--llm-id", "file"], "--llm-id file"),
-        (["--lora-target-modules", "no_such_layer"], "--lora-target-modules no_such_layer"),
-        (["--lora-target-modules", "q_proj", "vproj"], "--lora-target-modules vproj"),
+        (["--num-envs", "0"], "--num-envs"),
+        (["--num-steps", "1"], "--num-steps"),
+        (["--gae-lambda", "-0.1"], "--gae-lambda"),
+        (["--learning-rate", "nan"], "--learning-rate"),
+        (["--seed", "-1"], "--seed"),
         (["--lora-rank", "-1"], "--lora-rank"),
         (["--lora-dropout", "1"], "--lora-dropout"),
-        (["--lora-alpha", "0"], "--lora-alpha"),
-        (["--micro-batch-size", "0"], "--micro-batch-size"),
-        (["--log-std-init", "99"], "--log-std-init"),
-        (["--dtype", "float16"], "float16"),
-        (["--network", "cnn"], "cnn"),
-        (["--num-envs", "0"], "--num-envs"),
-        (["--resume", "nowhere"], "--resume nowhere"),
-        (["--play", "nowhere/policy"], "nowhere/policy"),
-        (["--run-dir", "file/in/the/way"], "--run-dir"),
+        (["--num-minibatches", "9", "--num-envs", "2", "--num-steps", "9"], "--num-minibatches"),
+        (["--device", "cuda"], "--device cuda"),
+        (["--llm-id", "nowhere/to-be-found"], "--llm-id nowhere/to-be-found"),
+        (["--llm-id", "file"], "--llm-id file"),
+        (["--llm-id", "foreign"], "--llm-id foreign cannot be loaded: its files lack"),
+        (["--llm-id", "pickled"], "--llm-id pickled"),
+        (["--algorithm", "reinforce", "--update-epochs", "4"], "--update-epochs has no effect"),
+        (["--algorithm", "reinforce", "--clip-coef", "0.1"], "--clip-coef has no effect"),
+        (["--network", "mlp", "--lora-rank", "8"], "--lora-rank has no effect"),
+        (["--lora-rank", "0", "--lora-alpha", "8"], "--lora-alpha has no effect"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["--play", "nowhere"], "nowhere"),
+        (["--resume", "nowhere", "--run-dir", "elsewhere"], "--run-dir"),
+        (["--run-dir", "file/in/the/way"], "file/in/the/way"),
     ],
 )
-def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys, wrong, named):
+def test_mistakes_end_with_one_line_and_leave_nothing(tmp_path, monkeypatch, wrong, named):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for the network
     (tmp_path / "file").write_text("")
-    code, lines = run_main(ppo, monkeypatch, capsys, "--total-timesteps", 10, *wrong)
-    assert code == 2
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    assert named in lines[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for name in ("foreign", "pickled"):
+        CONFIGS["qwen2"].save_pretrained(tmp_path / name)
+    save_file({"x": torch.zeros(2)}, tmp_path / "foreign/model.safetensors", metadata={"format": "pt"})
+    torch.save({"x": torch.zeros(2)}, tmp_path / "pickled/pytorch_model.bin")
+    before = sorted(tmp_path.iterdir())
+    assert named in mistake(ppo, monkeypatch, "--total-timesteps", 10, *wrong)
+    assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_history_longer_than_the_positions(folders, tmp_path, monkeypatch, capsys):
-    argv = ["--llm-id", folders["gpt2"], "--history", 13, "--run-dir", tmp_path / "run"]
-    code, lines = run_main(ppo, monkeypatch, capsys, *argv)
-    assert code == 2
-    assert lines == [f"error: --history 13 is more than the 12 positions of {folders['gpt2']}"]
-    assert not (tmp_path / "run").exists()
+def test_ranks_share_the_environments(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "--num-envs must be a multiple of 3" in mistake(ppo, monkeypatch)
 
 
-@pytest.mark.parametrize(
-    ("probe", "message"),
-    [("BlindLater", "an observation of iteration 12"), ("BrokenLaterBox", "a reward of iteration 12")],
-)
-def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, probe, message):
+def test_what_does_not_fit_a_run_leaves_it_alone(tmp_path, monkeypatch):
+    ppo.train(Args(total_timesteps=1, **SMALL), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert "holds a run" in mistake(ppo, monkeypatch, "--run-dir", tmp_path)
+    for flags in (["--env-id", "Acrobot-v1"], ["--network", "mlp"], ["--lora-rank", 4]):
+        assert "checkpoint.pt" in mistake(ppo, monkeypatch, "--resume", tmp_path, *flags)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    for name in ("policy.pt", "checkpoint.pt", "config.json"):
+        (tmp_path / name).write_bytes(before[tmp_path / name][:99])
+        assert name in mistake(ppo, monkeypatch, "--play" if name == "policy.pt" else "--resume", tmp_path)
+
+
+@pytest.mark.parametrize("probe", ["BrokenLaterDiscrete", "BlindLater"])
+def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, probe):
     argv = ["--env-id", f"probe_envs:{probe}-v0", "--run-dir", tmp_path / "run", "--checkpoint-interval", 3]
-    code, lines = run_main(ppo, monkeypatch, capsys, *argv, *flags(SMALL))
-    assert code == 1
-    assert message in lines[-1]
+    assert "iteration 12" in mistake(ppo, monkeypatch, *argv, "--num-envs", 4, "--num-steps", 16, "--device", "cpu")
     assert len(read_metrics(tmp_path / "run")) == 11
-    state = load_checkpoint(tmp_path / "run")
-    assert state["iteration"] == 9
-    assert state["parameters"].isfinite().all()
-    assert not (tmp_path / "run/policy").exists()
-
-
-def test_a_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
-    """Nor a folder that happens to be called policy. And a resumed run keeps its flags, lists among them."""
-    (tmp_path / "project/policy").mkdir(parents=True)
-    code, lines = run_main(ppo, monkeypatch, capsys, "--run-dir", tmp_path / "project")
-    assert code == 2
-    assert "already holds a run" in lines[0]
-    assert (tmp_path / "project/policy").exists()
-    argv = ["--run-dir", tmp_path / "run", "--observe", "0", "2", *flags(SMALL | {"total_timesteps": 64})]
-    monkeypatch.setattr(sys, "argv", ["x", *map(str, argv)])
-    ppo.main()
-    before = copy.deepcopy({path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()})
-    code, lines = run_main(ppo, monkeypatch, capsys, "--run-dir", tmp_path / "run")
-    assert code == 2
-    assert "already holds a run" in lines[0]
-    code, lines = run_main(ppo, monkeypatch, capsys, "--resume", tmp_path / "run", "--observe", "1")
-    assert code == 2
-    assert lines == [f"error: --observe contradicts the run in {tmp_path / 'run'}: leave it out"]
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
-    monkeypatch.setattr(sys, "argv", ["x", "--resume", str(tmp_path / "run")])
-    ppo.main()  # a complete run is evaluated again, and changed in nothing
-    assert (tmp_path / "run/metrics.csv").read_bytes() == before["metrics.csv"]
+    state = ppo.load(tmp_path / "run/checkpoint.pt")
+    assert state["progress"][0] == 9
+    assert all(weight.isfinite().all() for part in ("policy", "critic") for weight in state[part].values())
