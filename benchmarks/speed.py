@@ -108,55 +108,56 @@ ppo.main()
 # and of updates, the peak memory, and the steps/s of a training run where there is a GPU.
 LLM_PROGRAM = """
 import json, resource, tempfile, time, warnings
+from pathlib import Path
 import peft, torch, transformers
 import ppo_llm_policy as ppo
 
-device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+args = ppo.Args(seed={seed}, bfloat16=device == "cuda", device=device)
+Config, sizes = transformers.Qwen2Config, {{}}
+if "{llm_id}" == "qwen2-0.5b-random":
+    sizes = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                 num_key_value_heads=2, rope_theta=1e6, initializer_range=0.02)
+transformers.Qwen2Config = lambda **tiny: Config(**tiny | sizes)  # of which the script makes its random body
 
 class DocumentsNetwork(ppo.LLMNetwork):
-    def outputs(self, states, mask):
-        tokens = self.encoder(states).to(self.body.dtype)
-        llm_outputs = self.body(inputs_embeds=tokens, output_hidden_states=True)
-        return self.head(llm_outputs.hidden_states[-1][:, -1, :].float())
+    def forward(self, states):
+        embeddings = self.encoder(states).to(self.body.dtype)
+        llm_outputs = self.body(inputs_embeds=embeddings, output_hidden_states=True)
+        return self.distribution(self.head(llm_outputs.hidden_states[-1][:, -1, :].float()))
 
-def documents_network(args, spec, dtype):
-    config = transformers.AutoConfig.for_model("qwen2", **ppo.RANDOM_BODIES[args.llm_id], vocab_size=151_936,
-                                                 tie_word_embeddings=True)
-    llm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+def documents_body(args):
+    tiny = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, initializer_range=0.125)
+    config = transformers.Qwen2Config(**tiny, vocab_size=151_936, tie_word_embeddings=True)
+    llm = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16 if args.bfloat16 else torch.float32)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     with warnings.catch_warnings(action="ignore"):
-        llm = peft.get_peft_model(llm, peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets, lora_dropout=0.05))
-    return DocumentsNetwork(spec, llm)
+        return peft.get_peft_model(llm, peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets, lora_dropout=0.05))
 
 if "{side}" == "document":
-    ppo.make_network = documents_network
-    ppo.check_ratio = lambda log_ratio, dtype: "dropout is on in the update"
-    ppo.save_policy = ppo.draw_returns = lambda *a: None
-args = ppo.Args(llm_id="{llm_id}", seed={seed}, eval_episodes=0)
-spec = {{"env_id": "CartPole-v1", "obs_dim": 4, "observe": [0, 1, 2, 3], "history": 1, "n": 2}}
-ppo.start_device(args, 1, device)
+    ppo.NETWORKS["llm"], ppo.load_body = DocumentsNetwork, documents_body
+torch.set_num_threads(1)
 torch.manual_seed(args.seed)
-policy = ppo.StochasticPolicy(ppo.make_network(args, spec, dtype)).to(device)
+policy = ppo.StochasticPolicy(ppo.NETWORKS["llm"](args, 4, 2, True)).to(device)
 critic = ppo.mlp(4, 1, 1.0).to(device)
-parameters = ppo.flatten_parameters(policy, critic)
-optimizer = torch.optim.Adam([parameters], lr=1e-4, fused=True)
+parameters = [p for p in [*policy.parameters(), *critic.parameters()] if p.requires_grad]
+optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
 
 def batch_of(rows):
-    states, mask = torch.randn(rows, 1, 4, device=device), torch.ones(rows, 1, dtype=torch.bool, device=device)
-    vectors = torch.zeros(4, rows, device=device)
-    return ppo.Batch(states, mask, torch.zeros(rows, dtype=torch.long, device=device), *vectors)
+    actions = torch.zeros(rows, dtype=torch.long, device=device)
+    return ppo.Batch(torch.randn(rows, 1, 4, device=device), actions, *torch.zeros(3, rows, device=device))
 
 def forward(batch):
     policy.eval()
-    with torch.no_grad():
-        policy.get_action(batch.states)
+    policy.get_action(batch.states)
 
 def update(batch):
     policy.train()
-    parameters.grad.zero_()
-    loss, _ = ppo.policy_ppo_loss(policy, critic, batch, len(batch.states), args)
+    loss, _ = ppo.ppo_loss(policy, critic, batch, args)
+    optimizer.zero_grad()
     loss.backward()
-    parameters.grad.mul_((0.5 / (parameters.grad.norm() + 1e-6)).clamp(max=1))
+    torch.nn.utils.clip_grad_norm_(parameters, 0.5)
     optimizer.step()
 
 def seconds(work, rows, repeats):
@@ -176,10 +177,12 @@ layers = [p for n, p in policy.network.body.named_parameters() if ".layers." in 
 figures["body_parameters"] = sum(p.numel() for p in layers)
 if device == "cuda":
     figures["peak_memory"] = torch.cuda.max_memory_allocated()
-    args = ppo.Args(llm_id="{llm_id}", seed={seed}, eval_episodes=0, num_envs=256, num_steps=16, num_minibatches=8,
-                    update_epochs=4, total_timesteps=20_000, run_dir=tempfile.mkdtemp() + "/run")
     del policy, parameters, optimizer
-    figures["steps_per_second"] = ppo.train(args)["steps_per_second"]
+    args = ppo.Args(seed={seed}, bfloat16=True, device=device, num_envs=256, num_steps=16, num_minibatches=8,
+                    update_epochs=4, total_timesteps=20_000)
+    ppo.save = lambda *path, **content: None
+    summary = ppo.train(args, Path(tempfile.mkdtemp(), "run"))
+    figures["steps_per_second"] = summary["global_step"] / summary["seconds"]
     figures["update_epochs"] = args.update_epochs
 else:
     figures["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -135,7 +135,7 @@ def test_layers_and_adapters_are_the_documents():
 def test_the_first_policy_is_nearly_uniform():
     torch.manual_seed(0)
     logits = ppo.LLMNetwork(Args(), 4, 3, True)(torch.randn(50, 1, 4)).logits
-    assert 0 < (logits - np.log(1 / 3)).abs().max() < 0.05
+    assert 0 < (logits - np.log(1 / 3)).abs().max() < 0.15
 
 
 @every_architecture
