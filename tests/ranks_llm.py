@@ -5,14 +5,13 @@ Usage: torchrun ranks_llm.py FOLDER
 
 import os
 import sys
-from pathlib import Path
 
 import torch
 
 import ppo_llm_policy as ppo
 
-FLAGS = {"history": 2, "num_envs": 6, "num_steps": 24, "update_epochs": 3, "num_minibatches": 1, "ent_coef": 0.1}
-FLAGS |= {"total_timesteps": 300, "learning_rate": 1e-3, "device": "cpu"}
+FLAGS = "--history 2 --num-envs 6 --num-steps 24 --update-epochs 3 --num-minibatches 1 --ent-coef 0.1 --device cpu"
+FLAGS += " --total-timesteps 300 --learning-rate 1e-3 --eval-episodes 2"
 
 
 def get_action(policy, states, greedy=False):
@@ -22,16 +21,17 @@ def get_action(policy, states, greedy=False):
         return actions, policy.evaluate_actions(states, actions)[0]
 
 
-def run(folder, rank, world_size):
-    """Trains into a folder, and returns the trained parameters of policy and critic, as this rank has them."""
+def run(folder):
+    """Trains in folder/run, and returns the trained parameters of policy and critic, as this rank has them."""
+    made, adam, own = [], torch.optim.Adam, ppo.StochasticPolicy.get_action
     ppo.StochasticPolicy.get_action = get_action
-    made, adam = [], torch.optim.Adam
     torch.optim.Adam = lambda parameters, **options: (made.extend(parameters), adam(parameters, **options))[1]
-    ppo.train(ppo.Args(**FLAGS), folder / "run", rank, world_size)
-    torch.optim.Adam = adam
+    sys.argv = ["ppo_llm_policy.py", *FLAGS.split(), "--run-dir", f"{folder}/run"]
+    ppo.main()
+    torch.optim.Adam, ppo.StochasticPolicy.get_action = adam, own
     return [parameter.detach() for parameter in made]
 
 
 if __name__ == "__main__":
-    rank = int(os.environ["RANK"])
-    torch.save(run(Path(sys.argv[1]), rank, int(os.environ["WORLD_SIZE"])), f"{sys.argv[1]}/{rank}.pt")
+    folder = sys.argv[1]
+    torch.save(run(folder), f"{folder}/{os.environ['RANK']}.pt")
