@@ -10,6 +10,7 @@
     python ppo_llm_policy.py --play runs/qwen           # returns of the policy that this run saved
     python ppo_llm_policy.py --resume runs/qwen         # goes on from the last checkpoint of a run that was stopped
     torchrun --nproc-per-node 2 ppo_llm_policy.py       # two processes, each with half of the environments
+    python ppo_llm_policy.py --algorithm reinforce --gae-lambda 1 --learning-rate 1e-3 --total-timesteps 300000
 
 A language model turns embeddings, one per token, into hidden states. Here an encoder makes an embedding of each
 observation, and a head makes a distribution over actions of the last hidden state (`LLMNetwork`). Trained are encoder,
@@ -303,7 +304,6 @@ def minibatches(batch: Batch, args: Args) -> Iterator[Batch]:
 
 def train(args: Args, run_dir: Path, rank: int = 0, world_size: int = 1) -> dict[str, float]:
     """Trains a policy, and leaves all files but summary.json in run_dir. Raises UserError and FloatingPointError.
-
     Of the world_size processes that torchrun starts, each has a share of the environments and a copy of the networks.
     As they average their gradients, the copies stay the same. Rank 0 writes the files."""
     if world_size > 1:
