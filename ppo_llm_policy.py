@@ -85,7 +85,7 @@ class Args:
     algorithm: Literal["ppo", "reinforce"] = "ppo"  # reinforce: one step along the plain policy gradient per rollout
     total_timesteps: int = 60_000  # length of the training in steps, over all environments
     num_envs: int = 16  # parallel environments, N, shared out among the processes of torchrun
-    num_steps: int = 32  # steps of each environment in a rollout, T
+    num_steps: int = 32  # steps of each environment in a rollout, T; at least 2, as one may only reset
     learning_rate: float = 2e-3  # Adam's step size at the start
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.98  # discount factor per step
@@ -266,7 +266,7 @@ class Batch(NamedTuple):
 def approximate_kl(log_ratio: Tensor) -> Tensor:
     """KL(old || new), in nats, estimated from log(new / old probability) (B,) of actions that the old policy took: the
     mean of r - 1 - log r, which is unbiased and never negative (k3 of http://joschu.net/blog/kl-approx.html)."""
-    return (log_ratio.exp() - 1 - log_ratio).mean()
+    return (log_ratio.expm1() - log_ratio).mean()
 
 
 def ppo_loss(policy: StochasticPolicy, critic: nn.Module, batch: Batch, args: Args) -> tuple[Tensor, dict]:
@@ -410,7 +410,8 @@ def train(args: Args, run_dir: Path, rank: int = 0, world_size: int = 1) -> dict
         # 4. Metrics, of which those of ppo_loss are means over the minibatches.
         num_rows = keep.sum().float()
         average_over_ranks([num_rows], weight=1)
-        iteration, global_step = iteration + 1, global_step + round(num_rows.item() * world_size)
+        iteration += 1
+        global_step += round(num_rows.item() * world_size)
         seconds = time.perf_counter() - start_time
         mean_return = np.mean(episode_returns) if episode_returns else math.nan
         metrics = {
@@ -456,7 +457,7 @@ class UserError(Exception):
 def make_envs(args: Args, num_envs: int, **options) -> gym.vector.VectorEnv:
     """Environments whose observations are states (K, S): the last K flat observations, of which the first is repeated
     where an episode has had fewer. Discrete actions count from 0. A Box takes C numbers, in half-ranges around the
-    centre of its bounds if both are within 1e6, else in its own unit. They record the returns of their episodes."""
+    centre of its bounds if both are within 1e15, else in its own unit. They record the returns of their episodes."""
     wrappers = [FlattenObservation, partial(FrameStackObservation, stack_size=args.history)]
     envs = gym.make_vec(args.env_id, num_envs, "sync", wrappers=wrappers, **options)
     space = envs.single_action_space
@@ -465,7 +466,7 @@ def make_envs(args: Args, num_envs: int, **options) -> gym.vector.VectorEnv:
     if not isinstance(space, gym.spaces.Box):
         raise UserError(f"--env-id {args.env_id} has the action space {space}, which is neither Discrete nor a Box")
     low, high = space.low.astype(float), space.high.astype(float)
-    bounded = (abs(low) < 1e6) & (abs(high) < 1e6)
+    bounded = (abs(low) < 1e15) & (abs(high) < 1e15)
     scale = np.where(bounded, (high - low) / 2, 1)
     centre = np.where(bounded, low + scale, np.clip(0, low, high))
 
@@ -536,20 +537,17 @@ def evaluate(args: Args, run_dir: Path) -> dict[str, float]:
     for mode in ("greedy", "sampled"):
         torch.manual_seed(args.seed)
         states, _ = envs.reset(seed=2**31 + 1000 * args.seed)
-        totals, is_running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+        total, alive = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
         for _ in range(100_000):  # without a time limit, an episode may never end
             inputs = torch.from_numpy(states).to(args.device, torch.float32)
             actions, _ = policy.get_action(inputs, greedy=mode == "greedy")
             states, rewards, terminated, truncated, _ = envs.step(actions.numpy(force=True))
-            totals += rewards * is_running
-            is_running &= ~(terminated | truncated)
-            if not is_running.any():
+            total += rewards * alive
+            alive &= ~(terminated | truncated)
+            if not alive.any():
                 break
-        means[f"eval_return_{mode}"] = totals.mean()
-        unfinished = f", {is_running.sum()} of them unfinished" if is_running.any() else ""
-        print(
-            f"{mode} actions: return {totals.mean():.1f} ± {totals.std():.1f} over {len(totals)} episodes{unfinished}"
-        )
+        means[f"eval_return_{mode}"] = total.mean()
+        print(f"{mode} return {total.mean():.1f} ± {total.std():.1f}, {len(total)} episodes, {alive.sum()} unfinished")
     envs.close()
     return means
 
@@ -570,12 +568,13 @@ def main() -> None:
     above_0 = "history num_envs total_timesteps learning_rate update_epochs num_minibatches clip_coef max_grad_norm"
     above_0 += " target_kl checkpoint_interval eval_episodes lora_alpha"
     for name in above_0.split():
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be above 0 and finite")
-    if args.num_steps < 2 or not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):  # one step may only reset
-        raise UserError("--num-steps must be above 1, --gamma and --gae-lambda between 0 and 1")
-    if args.seed < 0 or args.lora_rank < 0 or not 0 <= args.lora_dropout < 1:
-        raise UserError("--seed and --lora-rank must be at least 0, --lora-dropout at least 0 and below 1")
+    if args.num_steps < 2 or args.seed < 0 or not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):
+        raise UserError("--num-steps must be above 1, --seed at least 0, --gamma and --gae-lambda between 0 and 1")
+    if args.lora_rank < 0 or not 0 <= args.lora_dropout < 1 or not math.isfinite(args.ent_coef + args.vf_coef):
+        raise UserError("--lora-rank and --lora-dropout must be at least 0, dropout below 1, the coefficients finite")
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if args.num_envs % world_size:
         raise UserError(f"--num-envs must be a multiple of {world_size}, the number of processes")

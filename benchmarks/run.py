@@ -51,7 +51,7 @@ class Args:
     suite: tyro.conf.Positional[str]
     """which: a file of benchmarks/suites, without its ending"""
     seeds: int | None = None
-    """run seeds 1 to this; default: the suite's number"""
+    """run so many seeds; default: the suite's number"""
     workers: int = 2
     """runs at a time on this machine"""
     ray: str | None = None

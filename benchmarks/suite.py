@@ -52,7 +52,7 @@ class Suite:
     name: str
     title: str  # of its figure
     script: str
-    seeds: int  # 1 to this
+    seeds: int  # how many
     timeout_minutes: float  # a run that takes longer is stopped
     grid: int  # steps between two rows of a result
     until: int  # step of its last row
@@ -64,6 +64,7 @@ class Suite:
     groups: list[dict[str, str]]  # task, setting, flags
     normalise: dict[str, tuple[float, float]] = field(default_factory=dict)  # task: returns that score 0 and 1
     normalised_by: str = ""  # where these two are from
+    first_seed: int = 1  # another where some seeds were used to choose the settings
     published: list[dict] = field(default_factory=list)  # others' figures, the most comparable first
     kl: str = ""  # the metric over whose root to draw the frontier's
     frontier: list[dict[str, str]] = field(default_factory=list)  # metric, label
@@ -75,7 +76,8 @@ class Suite:
 
     def runs(self, seeds: int) -> list[Run]:
         """All runs, seed by seed, so that a part of them covers all groups."""
-        return [Run(self.script, seed=seed, **group) for seed in range(1, seeds + 1) for group in self.groups]
+        numbers = range(self.first_seed, self.first_seed + seeds)
+        return [Run(self.script, seed=seed, **group) for seed in numbers for group in self.groups]
 
 
 def load_suite(name: str) -> Suite:

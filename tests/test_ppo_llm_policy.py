@@ -502,7 +502,7 @@ def test_the_policy_stands_alone(folders, tmp_path, monkeypatch, capsys, kind):
     said = capsys.readouterr().out
     summary = json.loads((run_dir / "summary.json").read_text())
     assert {*summary} == {"global_step", "seconds", "train_return", "eval_return_greedy", "eval_return_sampled"}
-    assert f"greedy actions: return {summary['eval_return_greedy']:.1f}" in said
+    assert f"greedy return {summary['eval_return_greedy']:.1f}" in said
     before = {path: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
     run_script(ppo, monkeypatch, "--play", run_dir)
     assert said.startswith(capsys.readouterr().out)
@@ -537,7 +537,7 @@ def test_the_policy_stands_alone(folders, tmp_path, monkeypatch, capsys, kind):
 def test_evaluation_of_what_never_ends_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ppo, "range", lambda n: range(50) if n == 100_000 else range(n), raising=False)
     assert train_probe(tmp_path, "Forever", total_timesteps=100, network="mlp") == 50
-    assert "over 50 episodes, 50 of them unfinished" in capsys.readouterr().out
+    assert "50 episodes, 50 unfinished" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
