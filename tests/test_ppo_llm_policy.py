@@ -3,6 +3,7 @@ that are killed, resumed, played and spread. GAE, the approximate KL and the fil
 ppo_mlp_discrete.py, and are tested there."""
 
 import json
+import os
 import re
 import signal
 import sys
@@ -453,6 +454,9 @@ def test_killed_and_resumed(tmp_path, monkeypatch):
     args = Args(**json.loads((run_dir / "config.json").read_text()))
     ppo.train(Args(resume=str(run_dir), total_timesteps=global_step, history=2, device="cpu"), run_dir)  # nothing to do
     same_state(state, ppo.load(run_dir / "checkpoint.pt"))
+    max(
+        run_dir.glob("events*"), key=os.path.getmtime
+    ).unlink()  # of the same second as the next: TensorBoard mixes them up
     whole = read_metrics(run_dir)
     assert len(whole) == iteration
     (run_dir / "config.json").write_text(json.dumps(vars(args)))
