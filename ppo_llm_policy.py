@@ -443,7 +443,8 @@ def train(args: Args, run_dir: Path, rank: int = 0, world_size: int = 1) -> dict
     envs.close()
     if world_size > 1:
         dist.destroy_process_group()
-    summary = {"global_step": global_step, "seconds": seconds}
+    trained = sum(p.numel() for p in parameters)
+    summary = {"global_step": global_step, "seconds": seconds, "trained_parameters": trained}
     return summary | ({"train_return": np.mean(episode_returns)} if episode_returns else {})
 
 

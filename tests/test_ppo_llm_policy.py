@@ -505,7 +505,8 @@ def test_the_policy_stands_alone(folders, tmp_path, monkeypatch, capsys, kind):
     run_script(ppo, monkeypatch, "--run-dir", run_dir, "--total-timesteps", 600, "--eval-episodes", 3, *flags)
     said = capsys.readouterr().out
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert {*summary} == {"global_step", "seconds", "train_return", "eval_return_greedy", "eval_return_sampled"}
+    returns = {"train_return", "eval_return_greedy", "eval_return_sampled"}
+    assert {*summary} == {"global_step", "seconds", "trained_parameters"} | returns
     assert f"greedy return {summary['eval_return_greedy']:.1f}" in said
     before = {path: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
     run_script(ppo, monkeypatch, "--play", run_dir)
@@ -528,6 +529,7 @@ def test_the_policy_stands_alone(folders, tmp_path, monkeypatch, capsys, kind):
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     saved = ppo.load(run_dir / "policy.pt")["policy"]
     assert sum(weight.numel() for weight in saved.values()) == trained
+    assert summary["trained_parameters"] == trained + 64 * (8 + 1) + 64 * 65 + 65  # and the critic's
     body = transformers.AutoModel.from_pretrained(folders[kind], dtype=torch.float32)
     body = peft.PeftModel.from_pretrained(body, run_dir / "adapter")
     embeddings = torch.randn(3, 2, 32)
