@@ -29,12 +29,12 @@ Sources: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02
 (Ziegler et al.) https://arxiv.org/abs/1909.08593, KL estimates http://joschu.net/blog/kl-approx.html.
 
 Where this differs from cleanllm's notebook "Proximal Policy Optimization", which came to 81 % pizza:
-- A completion pays for the sum of its tokens' KL, which comes to -ln 0.12 = 2.1 nats when all say pizza. The notebook
-  logs 3.9 per token, which cannot be, and charges it: its total reward of 1.67 is 4 - 0.1 · 6 · 3.88. Were beta as many
-  times larger, 11, the best of all policies would say pizza only 84 times in 100 (--kl-beta 1.1).
+- A completion pays for the sum of its tokens' KL, which is -ln 0.12 = 2.1 nats if all completions say pizza. The
+  notebook logs 3.9 for each of 6, eleven times as much, which no policy has to pay, and charges it: its total reward
+  of 1.67 is 4 - 0.1 · 6 · 3.88. With beta eleven times as large (--kl-beta 1.1), the best policy says 84 % pizza.
 - There is no dropout, which makes policy and reference differ at random; the critic starts with the pretrained weights
   and values of 0, not at random; rewards are not clipped.
-- An update learns from 20 completions, in 4 steps, in half the time. The notebook's settings get as far here:
+- An update learns from 20 completions in 4 steps, not from one in one. The notebook's settings get as far here:
   --batch-size 1 --update-epochs 1 --learning-rate 1e-4 --critic-learning-rate 1e-4 --no-anneal-lr
 """
 
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-def at_completions(network: Transformer, prompt: Tensor, completions: Tensor) -> Tensor:
+def outputs_before(network: Transformer, prompt: Tensor, completions: Tensor) -> Tensor:
     """A network's outputs (B, L, outputs) before each token of completions (B, L): logits for it, or values."""
     tokens = torch.cat([prompt.expand(len(completions), -1), completions], 1)  # (B, P + L)
     outputs = network(tokens[:, :-1])  # (B, P + L - 1, outputs), of which each is about the next token
@@ -163,7 +163,7 @@ def at_completions(network: Transformer, prompt: Tensor, completions: Tensor) ->
 
 def evaluate_tokens(policy: Transformer, prompt: Tensor, completions: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probs (B, L) of the tokens of completions (B, L), and entropies (B, L) of what they were drawn from."""
-    log_probs = at_completions(policy, prompt, completions).log_softmax(-1)  # (B, L, V), of all tokens
+    log_probs = outputs_before(policy, prompt, completions).log_softmax(-1)  # (B, L, V), of all tokens
     entropies = -(log_probs.exp() * log_probs).sum(-1)
     return log_probs.gather(-1, completions[..., None]).squeeze(-1), entropies
 
@@ -185,14 +185,14 @@ def sample_completions(policy: Transformer, prompt: Tensor, count: int, max_leng
 
 
 def external_reward(text: str, args: Args) -> float:
-    """What a completion earns. The optimum that `evaluate` prints is that of a reward which is all or nothing."""
+    """What a completion earns: all or nothing, as the figures of `evaluate` expect."""
     return args.reward if text.endswith(args.target + "E") else 0.0
 
 
 def token_rewards(scores: Tensor, ref_kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Rewards (B, L) of tokens: the last one of a response earns the score (B,), and each pays for its KL estimate.
-    With log pi - log pi_ref (k1) as ref_kl, (B, L) and 0 outside the mask (B, L), the rewards of a response have the
-    mean E[score] - kl_coef KL(pi || pi_ref) (Ziegler et al., eq. 2)."""
+    With log pi - log pi_ref (k1) as ref_kl, (B, L) and 0 outside the mask (B, L), the sum over a response has the mean
+    E[score] - kl_coef KL(pi || pi_ref) (Ziegler et al., eq. 2)."""
     is_last = functional.one_hot(mask.sum(-1) - 1, mask.shape[1])  # (B, L)
     return is_last * scores[:, None] - kl_coef * ref_kl
 
@@ -237,7 +237,7 @@ def ppo_loss(policy: Transformer, critic: Transformer, prompt: Tensor, batch: Ba
     # The lesser (PPO paper, eq. 7): changes beyond the clip gain nothing, but may cost.
     policy_loss = -torch.min(ratio * batch.advantages, clipped_ratio * batch.advantages).mean()
 
-    values = at_completions(critic, prompt, batch.completions).squeeze(-1)[batch.mask]  # (M,)
+    values = outputs_before(critic, prompt, batch.completions).squeeze(-1)[batch.mask]  # (M,)
     critic_mse = (values - batch.returns).square().mean()
     loss = policy_loss + critic_mse  # policy and critic share no weights: each has the gradient of its own part
 
@@ -320,7 +320,7 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
         with torch.no_grad():
             log_probs, _ = evaluate_tokens(policy, prompt, completions)  # (B, L)
             ref_log_probs, _ = evaluate_tokens(reference, prompt, completions)  # (B, L)
-            values = at_completions(critic, prompt, completions).squeeze(-1)  # (B, L)
+            values = outputs_before(critic, prompt, completions).squeeze(-1)  # (B, L)
         ref_kl = (log_probs - ref_log_probs) * mask  # (B, L), estimates (k1) of KL(policy || reference)
         scores = torch.tensor([external_reward(text, args) for text in decode(completions)], device=args.device)  # (B,)
         rewards = token_rewards(scores, ref_kl, mask, args.kl_beta)  # (B, L)
@@ -425,13 +425,13 @@ def load_policy(path: str | Path) -> Transformer:
     return policy
 
 
-def sample_and_show(policy: Transformer, when: str, args: Args) -> tuple[Tensor, float]:
+def sample_and_show(policy: Transformer, label: str, args: Args) -> tuple[Tensor, float]:
     """Samples --eval-samples completions (B, L), prints some, and returns all with the share that earns the reward."""
     torch.manual_seed(args.seed)
     completions = sample_completions(policy, encode("P" + args.prompt), args.eval_samples, args.response_length)
     texts = decode(completions)
     rate = sum(external_reward(text, args) > 0 for text in texts) / len(texts)
-    print(f"{when}: {rate:.1%} of {len(texts)} completions end in {args.target}")
+    print(f"{label}: {rate:.1%} of {len(texts)} completions end in {args.target}")
     for text in texts[:10]:
         print(f"    {args.prompt}{text}")
     return completions, rate
@@ -474,7 +474,7 @@ def evaluate(args: Args, run_dir: Path) -> dict[str, float]:
 
 def draw_metrics(run_dir: Path, summary: dict[str, float]) -> None:
     """Draws the columns of metrics.csv, and their means so far, as metrics.png, with what the summary has as limits."""
-    limits = {"charts/kl_per_completion": summary["kl_floor"], "charts/total_reward": summary["objective_optimum"]}
+    limits = {"charts/kl_per_completion": "kl_floor", "charts/total_reward": "objective_optimum"}
     header, *lines = (run_dir / "metrics.csv").read_text().splitlines()
     columns = torch.tensor([[float(number) for number in line.split(",")] for line in lines]).T  # (columns, rows)
     figure = Figure(figsize=(16, 9), layout="constrained")
@@ -483,7 +483,7 @@ def draw_metrics(run_dir: Path, summary: dict[str, float]) -> None:
         axes.plot(columns[0], columns[i], alpha=0.5, label="of an iteration")
         axes.plot(columns[0], columns[i].cumsum(0) / torch.arange(1, len(lines) + 1), label="mean so far")
         if name in limits:
-            axes.axhline(limits[name], color="black", linestyle=":", label="of the best policy")
+            axes.axhline(summary[limits[name]], color="black", linestyle=":", label=limits[name])
             axes.legend()
     figure.supxlabel("episodes")
     figure.savefig(run_dir / "metrics.png")
@@ -492,7 +492,7 @@ def draw_metrics(run_dir: Path, summary: dict[str, float]) -> None:
 @torch.no_grad()
 def draw_critic_values(args: Args, run_dir: Path) -> None:
     """Draws the critic's values along the target and along another food, before and after PPO, as critic_values.png."""
-    before, after = make_critic(load_policy(run_dir)), make_critic(load_policy(run_dir))
+    before, after = make_critic(load_policy(run_dir)), make_critic(load_policy(run_dir))  # new, they say 0 everywhere
     load(run_dir / "checkpoint.pt", critic=after)
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()

@@ -27,7 +27,16 @@ from suite import RESULTS, ROOT, SUITES, BenchmarkError, Suite, code_hash, diffe
 
 FIGURES = Path(__file__).parent / "figures"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/README.md")
-ORDER = ("classic", "mujoco", "llm", "llm_memory", "llm_reinforce", "llm_body", "pizza", "rlhf")  # of the suites in tables
+ORDER = (
+    "classic",
+    "mujoco",
+    "llm",
+    "llm_memory",
+    "llm_reinforce",
+    "llm_body",
+    "pizza",
+    "rlhf",
+)  # of the suites in tables
 SPEED = ("discrete", "continuous", "llm", "rlhf", "rlhf_memory")  # suites of speed.py
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
 

@@ -134,7 +134,7 @@ def test_outputs_belong_to_the_tokens_that_come_next():
     policy, critic, prompt = random_network(2), random_network(3, outputs=1), "ab c"
     completions = torch.randint(4, 30, (5, 6))
     log_probs, entropies = ppo.evaluate_tokens(policy, encode("P" + prompt), completions)
-    values = ppo.at_completions(critic, encode("P" + prompt), completions)
+    values = ppo.outputs_before(critic, encode("P" + prompt), completions)
     assert values.shape == (5, 6, 1)
     for b, t in itertools.product(range(5), range(6)):
         before = torch.cat([encode("P" + prompt), completions[b, :t]])[None]
