@@ -10,8 +10,8 @@
     python ppo_char_lm_pizza.py --resume runs/pizza         # goes on from the last checkpoint of a run that was stopped
 
 An episode is one completion of the prompt; its actions are tokens, one for each character. Four things take part: the
-policy, a small transformer; the reference, a copy of it that stays as it was pretrained; the critic, the same
-transformer with a single output; and the reward, a function.
+policy, a small transformer; the reference, a copy of it that stays as it was pretrained; the critic, one more copy with
+a single output; and the reward, a function.
 
 PPO repeats these four steps, numbered likewise in `train`:
 1. Rollout: the policy completes the prompt B times.
@@ -29,11 +29,11 @@ Sources: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02
 (Ziegler et al.) https://arxiv.org/abs/1909.08593, KL estimates http://joschu.net/blog/kl-approx.html.
 
 Where this differs from cleanllm's notebook "Proximal Policy Optimization", which came to 81 % pizza:
-- A completion pays for the sum of its tokens' KL, which is -ln 0.12 = 2.1 nats if all completions say pizza. The
+- A completion pays for the sum of its tokens' KL, which is ln 8 = 2.1 nats if all say pizza, like one in 8 before. The
   notebook logs 3.9 for each of 6, eleven times as much, which no policy has to pay, and charges it: its total reward
   of 1.67 is 4 - 0.1 · 6 · 3.88. With beta eleven times as large (--kl-beta 1.1), the best policy says 84 % pizza.
-- There is no dropout, which makes policy and reference differ at random; the critic starts with the pretrained weights
-  and values of 0, not at random; rewards are not clipped.
+- There is no dropout: policy and reference would differ at random. The critic starts with the pretrained weights and
+  values of 0, not at random. Rewards are not clipped.
 - An update learns from 20 completions in 4 steps, not from one in one. The notebook's settings get as far here:
   --batch-size 1 --update-epochs 1 --learning-rate 1e-4 --critic-learning-rate 1e-4 --no-anneal-lr
 """

@@ -32,9 +32,9 @@ GAE https://arxiv.org/abs/1506.02438, LoRA https://arxiv.org/abs/2106.09685.
 
 Where this differs from the article:
 - Only the body of the model runs. The article's AutoModelForCausalLM scores the whole vocabulary, too.
-- A lone token attends to itself, whatever query and key say; with `--history 4` a state is the last four observations.
+- A lone token attends to itself: adapters of query and key learn nothing. With `--history 4` a state is four of them.
 - No dropout: the old and the new probability of an action would differ by chance, before anything was learned.
-- The outputs of a network are the logits. The article's softplus around them makes another distribution.
+- The outputs of a network are the logits, without a softplus around them, which makes another distribution.
 Where it differs from CleanRL's ppo.py:
 - An episode that a time limit cuts off (truncated) counts with the value of its last observation, not with 0.
 - The step after an episode, which gymnasium 1.x spends on the reset whatever the action, is left out.
@@ -259,7 +259,7 @@ class Batch(NamedTuple):
     states: Tensor  # (B, K, S)
     actions: Tensor  # (B,) or (B, C)
     log_probs: Tensor  # (B,), of the actions
-    advantages: Tensor  # (B,)
+    advantages: Tensor  # (B,), normalised
     returns: Tensor  # (B,), the targets of the critic
 
 
@@ -270,7 +270,7 @@ def approximate_kl(log_ratio: Tensor) -> Tensor:
 
 
 def ppo_loss(policy: StochasticPolicy, critic: nn.Module, batch: Batch, args: Args) -> tuple[Tensor, dict]:
-    """Loss of a minibatch, and figures about it for the log."""
+    """Loss of a minibatch by either algorithm, and figures about it for the log."""
     log_probs, entropies = policy.evaluate_actions(batch.states, batch.actions)  # (B,) each
     log_ratio = log_probs - batch.log_probs
     ratio = log_ratio.exp()  # new / old probability of the action
@@ -295,7 +295,7 @@ def ppo_loss(policy: StochasticPolicy, critic: nn.Module, batch: Batch, args: Ar
 def minibatches(batch: Batch, args: Args) -> Iterator[Batch]:
     """The minibatches of all passes. In each pass every row comes once, in a random order."""
     for _ in range(args.update_epochs):
-        for rows in torch.randperm(len(batch.states)).tensor_split(args.num_minibatches):  # as many on all ranks
+        for rows in torch.randperm(len(batch.states)).tensor_split(args.num_minibatches):  # as many on each rank
             yield Batch(*(column[rows] for column in batch))
 
 
@@ -314,7 +314,7 @@ def train(args: Args, run_dir: Path, rank: int = 0, world_size: int = 1) -> dict
         torch.set_num_threads(1)  # more only slow networks of this size down; larger ones have what PyTorch gives them
     if args.lora_dropout and rank == 0:
         print("--lora-dropout: from the start, new and old probabilities of an action differ by chance")
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the same weights in all processes
     num_envs = args.num_envs // world_size
     envs = make_envs(args, num_envs)
     obs_dim, action_space = envs.single_observation_space.shape[-1], envs.single_action_space
@@ -388,7 +388,7 @@ def train(args: Args, run_dir: Path, rank: int = 0, world_size: int = 1) -> dict
             advantages=normalise(advantages[keep]),
             returns=(advantages + values[:-1])[keep],
         )
-        explained_variance = 1 - (advantages[keep].var() / batch.returns.var()).item()  # advantages are the errors
+        explained_variance = 1 - (advantages[keep].var() / batch.returns.var()).item()  # return - value = advantage
 
         # 3. Update: a step of the optimizer for each minibatch. REINFORCE makes a single one with all rows, since after
         # it these actions are no longer the policy's own.
@@ -436,15 +436,14 @@ def train(args: Args, run_dir: Path, rank: int = 0, world_size: int = 1) -> dict
     if rank == 0:
         save_run()
         if args.network == "llm" and args.lora_rank > 0:
-            policy.network.body.save_pretrained(run_dir / "adapter", save_embedding_layers=False)  # for use with PEFT
+            policy.network.body.save_pretrained(run_dir / "adapter", save_embedding_layers=False)  # for PEFT
         log.csv.close()
         log.writer.close()
     bar.close()
     envs.close()
     if world_size > 1:
         dist.destroy_process_group()
-    trained = sum(p.numel() for p in parameters)
-    summary = {"global_step": global_step, "seconds": seconds, "trained_parameters": trained}
+    summary = {"global_step": global_step, "seconds": seconds, "trained_parameters": sum(p.numel() for p in parameters)}
     return summary | ({"train_return": np.mean(episode_returns)} if episode_returns else {})
 
 
@@ -517,15 +516,15 @@ def load(path: Path, **parts) -> dict:
 
 
 def own_weights(policy: StochasticPolicy, args: Args) -> nn.ParameterList:
-    """The weights that are nowhere else, which is all but those of a pretrained body."""
+    """The weights that are nowhere else, all but those of a pretrained body. Who loads into this list changes them."""
     return nn.ParameterList(p for p in policy.parameters() if p.requires_grad or args.llm_id == "tiny-random")
 
 
-def load_policy(run_dir: str | Path) -> StochasticPolicy:
-    """The policy that a run saved. Its states and actions are those of `make_envs`. Raises UserError."""
+def load_policy(run_dir: str | Path, args: Args | None = None) -> StochasticPolicy:
+    """The policy that a run saved, by these flags or its own, for the states of `make_envs`. Raises UserError."""
     path = Path(run_dir, "policy.pt")
     saved = load(path)
-    args = Args(**saved["args"])
+    args = args or Args(**saved["args"])
     policy = StochasticPolicy(NETWORKS[args.network](args, *saved["spec"]))
     load(path, policy=own_weights(policy, args))
     return policy.eval()
@@ -534,7 +533,7 @@ def load_policy(run_dir: str | Path) -> StochasticPolicy:
 def evaluate(args: Args, run_dir: Path) -> dict[str, float]:
     """Mean returns of the saved policy, over an episode in each of --eval-episodes environments."""
     envs = make_envs(args, args.eval_episodes)
-    policy, means = load_policy(run_dir).to(args.device), {}
+    policy, means = load_policy(run_dir, args).to(args.device), {}
     for mode in ("greedy", "sampled"):
         torch.manual_seed(args.seed)
         states, _ = envs.reset(seed=2**31 + 1000 * args.seed)

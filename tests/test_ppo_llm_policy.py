@@ -602,8 +602,10 @@ def test_what_does_not_fit_a_run_leaves_it_alone(tmp_path, monkeypatch):
     ppo.train(Args(total_timesteps=1, **SMALL), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert "holds a run" in mistake(ppo, monkeypatch, "--run-dir", tmp_path)
-    for flags in (["--env-id", "Acrobot-v1"], ["--network", "mlp"], ["--lora-rank", 4]):
+    assert "checkpoint.pt" in mistake(ppo, monkeypatch, "--resume", tmp_path, "--env-id", "Acrobot-v1")
+    for flags in (["--network", "mlp"], ["--lora-rank", 4]):
         assert "checkpoint.pt" in mistake(ppo, monkeypatch, "--resume", tmp_path, *flags)
+        assert "policy.pt" in mistake(ppo, monkeypatch, "--play", tmp_path, *flags)
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     for name in ("policy.pt", "checkpoint.pt", "config.json"):
         (tmp_path / name).write_bytes(before[tmp_path / name][:99])
