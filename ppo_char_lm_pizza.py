@@ -324,7 +324,7 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
         ref_kl = (log_probs - ref_log_probs) * mask  # (B, L), estimates (k1) of KL(policy || reference)
         scores = torch.tensor([external_reward(text, args) for text in decode(completions)], device=args.device)  # (B,)
         rewards = token_rewards(scores, ref_kl, mask, args.kl_beta)  # (B, L)
-        advantages = masked_gae(rewards, values, mask, args.gamma, args.gae_lambda)  # (B, L)
+        advantages = masked_gae(rewards, values, mask, args.gamma, args.gae_lambda)  # (B, L), not normalised
         returns = advantages + values  # (B, L); indexing with the mask makes (M,) of it
         batch = Batch(completions, mask, log_probs[mask], advantages[mask], returns[mask])
 

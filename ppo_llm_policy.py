@@ -12,8 +12,8 @@
     torchrun --nproc-per-node 2 ppo_llm_policy.py       # two processes, each with half of the environments
     python ppo_llm_policy.py --algorithm reinforce --gae-lambda 1 --learning-rate 1e-3 --total-timesteps 300000
 
-The language model sees no text. An encoder makes an embedding of each observation, as if it were a token, and a head
-makes a distribution over actions of the hidden state at the last one (`LLMNetwork`). Trained are encoder, head, small
+The language model sees no text. An encoder turns each observation into an embedding, as if it were a token, and a head
+turns the hidden state at the last one into a distribution over actions (`LLMNetwork`). Trained are encoder, head, small
 additions to the frozen matrices of the model (LoRA), and apart from all that a critic, an MLP. Neither this network nor
 the `StochasticPolicy` around it knows of PPO: `--algorithm reinforce` trains it, too, and `load_policy` returns it.
 
@@ -38,7 +38,7 @@ Where this differs from the article:
 Where it differs from CleanRL's ppo.py:
 - An episode that a time limit cuts off (truncated) counts with the value of its last observation, not with 0.
 - The step after an episode, which gymnasium 1.x spends on the reset whatever the action, is left out.
-- Advantages are normalised over the whole rollout, not over each minibatch, which is small where the model is large.
+- Advantages are normalised over the whole rollout, since minibatches may be small. The value loss is not clipped.
 """
 
 import json
@@ -171,8 +171,9 @@ def load_body(args: Args) -> nn.Module:
     try:
         if args.llm_id == "tiny-random":
             sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+            # Weights of 1 / sqrt(64), not of the usual 0.02, with which attention would have next to no effect.
             config = transformers.Qwen2Config(**sizes, num_key_value_heads=2, vocab_size=1, initializer_range=0.125)
-            body = transformers.AutoModel.from_config(config)  # 1 / sqrt(64); 0.02 would leave attention without effect
+            body = transformers.AutoModel.from_config(config)
         else:
             config = transformers.AutoConfig.from_pretrained(args.llm_id)
             config.update({name: 0.0 for name in config.to_dict() if "drop" in name})  # no dropout
@@ -368,23 +369,23 @@ def train(args: Args, run_dir: Path, rank: int = 0, world_size: int = 1) -> dict
             if not np.isfinite(next_states).all():
                 raise FloatingPointError(f"an observation of iteration {iteration + 1} is not finite")
             states[t], is_reset[t] = next_states, next_is_reset
-            action, log_prob = policy.get_action(torch.from_numpy(states[t]).to(args.device))  # (N,) or (N, C), (N,)
+            action, log_prob = policy.get_action(torch.as_tensor(states[t], device=args.device))  # (N,) or (N, C), (N,)
             actions[t], log_probs[t] = action.numpy(force=True), log_prob.numpy(force=True)
             next_states, rewards[t], terminated[t], truncated[t], _ = envs.step(actions[t])
             next_is_reset = terminated[t] | truncated[t]
         states[-1] = next_states
 
         # 2. Advantages, from the values of all states.
-        all_states = torch.from_numpy(states).to(args.device)  # (T + 1, N, K, S)
+        all_states = torch.as_tensor(states, device=args.device)  # (T + 1, N, K, S)
         with torch.no_grad():
             values = critic(all_states.flatten(2)).squeeze(-1)  # (T + 1, N)
         gae = compute_gae(rewards, values.numpy(force=True), terminated, truncated, args.gamma, args.gae_lambda)
-        advantages = torch.from_numpy(gae).to(args.device)  # (T, N)
-        keep = torch.from_numpy(~is_reset).to(args.device)  # (T, N); indexing with it makes (B, ...) of (T, N, ...)
+        advantages = torch.as_tensor(gae, device=args.device)  # (T, N)
+        keep = torch.as_tensor(~is_reset, device=args.device)  # (T, N); indexing with it makes (B, ...) of (T, N, ...)
         batch = Batch(
             states=all_states[:-1][keep],
-            actions=torch.from_numpy(actions).to(args.device)[keep],
-            log_probs=torch.from_numpy(log_probs).to(args.device)[keep],
+            actions=torch.as_tensor(actions, device=args.device)[keep],
+            log_probs=torch.as_tensor(log_probs, device=args.device)[keep],
             advantages=normalise(advantages[keep]),
             returns=(advantages + values[:-1])[keep],
         )
@@ -539,7 +540,7 @@ def evaluate(args: Args, run_dir: Path) -> dict[str, float]:
         states, _ = envs.reset(seed=2**31 + 1000 * args.seed)
         total, alive = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
         for _ in range(100_000):  # without a time limit, an episode may never end
-            inputs = torch.from_numpy(states).to(args.device, torch.float32)
+            inputs = torch.as_tensor(states, dtype=torch.float32, device=args.device)
             actions, _ = policy.get_action(inputs, greedy=mode == "greedy")
             states, rewards, terminated, truncated, _ = envs.step(actions.numpy(force=True))
             total += rewards * alive
@@ -578,8 +579,8 @@ def main() -> None:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if args.num_envs % world_size:
         raise UserError(f"--num-envs must be a multiple of {world_size}, the number of processes")
-    if args.num_minibatches > args.num_envs // world_size * (args.num_steps // 2):  # the other half may only reset
-        raise UserError("--num-minibatches must be at most half of the steps in a process's rollout")
+    if args.algorithm == "ppo" and args.num_minibatches > args.num_envs // world_size * (args.num_steps // 2):
+        raise UserError("--num-minibatches must be at most half of the steps in a process's rollout")  # others reset
     unused = "update_epochs num_minibatches clip_coef target_kl " if args.algorithm == "reinforce" else ""
     unused += "llm_id bfloat16 lora_rank lora_alpha lora_dropout " if args.network == "mlp" else ""
     unused += "lora_alpha lora_dropout" if args.lora_rank == 0 else ""
