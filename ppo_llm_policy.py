@@ -583,7 +583,7 @@ def main() -> None:
         raise UserError("--num-minibatches must be at most half of the steps in a process's rollout")  # others reset
     unused = "update_epochs num_minibatches clip_coef target_kl " if args.algorithm == "reinforce" else ""
     unused += "llm_id bfloat16 lora_rank lora_alpha lora_dropout " if args.network == "mlp" else ""
-    unused += "lora_alpha lora_dropout" if args.lora_rank == 0 else ""
+    unused += "lora_alpha lora_dropout" if not args.lora_rank else ""
     for name in unused.split():
         if getattr(args, name) != getattr(Args, name):
             raise UserError(f"--{name.replace('_', '-')} has no effect with the other flags")
