@@ -20,14 +20,12 @@ Three stages, each of which leaves folders for transformers or PEFT, from which 
 PPO repeats one iteration, which is numbered in `rollout`, `update` and `train`:
 1. Rollout: the policy responds to the next prompts, token by token, and the reward model scores the responses.
 2. Advantages: a response earns its score with its last token, and each token pays for being likelier to the policy than
-   to the reference, the model in sft/ (`token_rewards`). How much better than the critic expected did it turn out?
-   (`masked_gae`)
+   to the reference, the model in sft/. How much better than the critic expected did it turn out? (`masked_gae`)
 3. Update: in several passes over these responses, good tokens become likelier and bad ones less likely; beyond a factor
    of 1 ± epsilon there is nothing to gain (`ppo_loss`). The critic learns what to expect. Then the data is thrown away.
 4. Metrics, and now and then a checkpoint.
 To change the loss edit `ppo_loss`, the form of the data `parse_row`. For another reward write a function for
---reward-fn: it gets prompts, responses and, as further arguments, the other columns of the data set, all of them lists,
-and returns a list of numbers.
+--reward-fn: it gets lists of prompts, of responses and, by name, of the data's other columns, and returns a list.
 
 Without --dataset, a grammar writes restaurant reviews, and a hidden gold score stands for what people want. Simulated
 people have it in mind, and err, when they compare samples of the model. The reward model knows these judgements alone,
@@ -42,9 +40,9 @@ with PPO" https://arxiv.org/abs/2403.17031, KL estimates http://joschu.net/blog/
 Where this differs from TRL's PPOTrainer:
 - The critic is a second head on the policy's body, unless --critic separate asks for a model of its own.
 - Log-probs before the update come from the pass that the update makes, over the same micro-batches: the first ratio is
-  1 to the last bit. A mean over tokens is over those of a whole minibatch, not a mean of micro-batches' means.
-- With LoRA there is one copy of the weights. The reference is the body without adapters; policy, reward model and
-  separate critic are adapters. That of supervised fine-tuning is merged into the body.
+  1 to the last bit. Means are over the tokens of a minibatch, not means of micro-batches' means.
+- With LoRA there is one copy of the weights: the reference is the body without adapters; policy, reward model and
+  separate critic are adapters; that of supervised fine-tuning is merged into the body.
 - No model has dropout. Policy and reference would differ by chance, before anything was learned.
 - Scores of a reward model are shifted and scaled to mean 0 and standard deviation 1 on responses of the reference.
 """
@@ -67,7 +65,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -135,9 +133,7 @@ class Args:
     run_dir: str | None = None  # folder for all that the run leaves; default: runs/<task>__<script>__<seed>__<time>
     resume: str | None = None  # run folder to go on from, with its flags unless given anew; before PPO a stage restarts
     checkpoint_interval: int = 10  # iterations of PPO between checkpoints
-    play: str | None = (
-        None  # respond to --prompt with the policy of this run folder; temperature and length are its own
-    )
+    play: str | None = None  # respond to --prompt with the policy of this run folder, with its flags unless given anew
     prompt: str = "the soup was"  # play: a text, or a JSON list of messages
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the models are
 
@@ -154,7 +150,7 @@ class Example(NamedTuple):
     response: list[int]  # tokens, from the data or sampled; of a comparison those of the chosen one
     rejected: list[int]  # tokens of the other one
     rating: float | None
-    columns: dict[str, Any]  # the row that all this is from, but for the prompt
+    columns: dict  # the row that all this is from, but for the prompt
 
 
 class Model:
@@ -198,7 +194,7 @@ class Model:
         tokens = torch.cat([prompts, responses], 1).to(self.args.device)
         return tokens, tokens[:, prompts.shape[1] :] != self.pad_id
 
-    def run(self, module: Callable, tokens: Tensor, **options: Any) -> Any:
+    def run(self, module: Callable, tokens: Tensor, **options):
         """What `lm`, or a part of it, makes of tokens (B, T). Padding, on either side, moves no position."""
         for layer in self.lm.modules():
             if isinstance(layer, peft.tuners.lora.LoraLayer):
@@ -263,8 +259,7 @@ def average_over_ranks(tensors: list[Tensor], weight: float) -> None:
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, count: int, args: Args) -> Tensor:
-    """A step along the gradient of the mean of count losses, of which .grad has that of the sum, and of those of the
-    other processes. Returns its norm before clipping."""
+    """A step along the mean gradient of count losses, of whose sum .grad is the gradient. Returns its norm."""
     parameters = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
     for p in parameters:
         p.grad /= count
@@ -296,7 +291,7 @@ def fit(model: Model, losses: Callable, examples: list[Example], stage: str) -> 
             count += len(part_losses)
         optimizer.param_groups[0]["lr"] = getattr(args, f"{stage}_learning_rate") * (1 - step / steps)
         optimizer_step(optimizer, count, args)
-        progress.set_postfix_str(f"loss {total / count:.3f}", refresh=False)
+        progress.set_postfix_str(f"loss {total / count:.3f}")
 
 
 def sft_losses(policy: Model, examples: list[Example]) -> Tensor:
@@ -423,7 +418,7 @@ def rollout(
     ref_kl = log_probs - ref_log_probs  # (B, L), k1: 0 outside the mask; its mean is KL(pi || pi_ref)
     kl = ref_kl.sum(-1)  # (B,), of responses
     if args.kl_estimator == "k3":  # which has this mean, too
-        ref_kl = (-ref_kl).exp() - 1 + ref_kl
+        ref_kl += (-ref_kl).exp() - 1
     rewards = token_rewards(scores, ref_kl, mask, kl_coef)  # (B, L)
     if args.whiten_rewards:
         mean, std = moments(rewards[mask])
@@ -453,8 +448,8 @@ def approximate_kl(log_ratio: Tensor) -> Tensor:
 
 
 def ppo_loss(policy: Model, critic: Model, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a micro-batch, and figures about it for the log. All are sums over its tokens. Divided by the number of
-    tokens in the minibatch they are its means, however it is cut into micro-batches and spread over processes."""
+    """Loss of a micro-batch, and figures for the log: sums over its tokens. Divided by the number of tokens in the
+    minibatch they are its means, however it is cut into micro-batches and spread over processes."""
     log_probs, values = policy.log_probs(batch.examples, args.temperature)  # (B, L) each
     log_ratio = (log_probs - batch.log_probs)[batch.mask]  # (M,)
     ratio = log_ratio.exp()  # new / old probability of the token
@@ -474,16 +469,14 @@ def ppo_loss(policy: Model, critic: Model, batch: Batch, args: Args) -> tuple[Te
     value_loss = 0.5 * squared_errors[batch.mask].sum()
 
     figures = {"loss/policy_avg": policy_loss, "loss/value_avg": value_loss}
-    figures |= {"policy/approxkl_avg": approximate_kl(log_ratio) * len(log_ratio)}
-    figures |= {"policy/clipfrac_avg": (ratio != clipped_ratio).sum(), "policy/entropy_avg": -log_probs.sum()}
+    figures |= {"policy/approxkl_avg": approximate_kl(log_ratio) * len(ratio)}
+    figures |= {"policy/clipfrac_avg": (ratio != clipped_ratio).sum()}
     figures |= {"val/ratio": ratio.sum(), "val/ratio_var": (ratio - 1).square().sum()}
     loss = policy_loss + args.vf_coef * value_loss
     return loss, {name: figure.detach() for name, figure in figures.items()}
 
 
-def update(
-    policy: Model, critic: Model, batches: list[Batch], optimizer: torch.optim.Optimizer, args: Args
-) -> dict[str, Tensor]:
+def update(policy: Model, critic: Model, batches: list[Batch], optimizer: torch.optim.Adam, args: Args) -> dict:
     """Trains policy and critic. Returns the figures of ppo_loss, means over the tokens of all steps."""
     # 3. Update: a step of the optimizer for each minibatch, in several passes. Each pass shuffles the micro-batches,
     # and leaves each as it is: padded otherwise, its log-probs would differ by rounding, and the first ratio from 1.
@@ -506,8 +499,7 @@ def update(
 
 
 def train(args: Args, run_dir: Path) -> dict[str, float]:
-    """The three stages, of which 1 and 2 are skipped where their folder is there. Leaves models, metrics and
-    checkpoint.pt in run_dir. Returns figures for the summary. May raise UserError and FloatingPointError."""
+    """The three stages, of which 1 and 2 are skipped where their folder is there. Returns figures for the summary."""
     start_time, (rank, _) = time.perf_counter(), process()
     iteration, global_step, kl_coef, seconds = 0, 0, args.kl_coef, 0.0  # global_step counts responses
     has_checkpoint = (run_dir / "checkpoint.pt").exists()
@@ -554,12 +546,11 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
         save_model(run_dir / "policy", policy)
         save_model(run_dir / "critic", critic, is_scalar=True)
         if rank == 0:
-            progress = iteration, global_step, kl_coef, seconds
             states = {"parameters": parameters.state_dict(), "optimizer": optimizer.state_dict()}
-            save(run_dir / "checkpoint.pt", progress=progress, **states)
+            save(run_dir / "checkpoint.pt", progress=(iteration, global_step, kl_coef, seconds), **states)
 
     save_run()
-    bar = tqdm(total=args.total_episodes, initial=global_step, desc="PPO", unit="episode", disable=rank > 0)
+    bar = tqdm(total=args.total_episodes, initial=global_step, desc="PPO", disable=rank > 0)
 
     while global_step < args.total_episodes:
         # All that is random comes from seed and iteration alone: a resumed run goes on as if it had never stopped.
@@ -575,8 +566,7 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
         iteration, global_step = iteration + 1, global_step + args.batch_size
         seconds = time.perf_counter() - start_time
         row = {"global_step": global_step, "lr": annealing * args.learning_rate, "objective/kl_coef": kl_coef}
-        row |= {name: metric.item() for name, metric in metrics.items()}
-        row["time/seconds"] = seconds
+        row |= {name: metric.item() for name, metric in metrics.items()} | {"time/seconds": seconds}
         if args.kl_target:  # Ziegler et al., section 2.2
             error = min(max(row["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
             kl_coef *= 1 + error * args.batch_size / args.kl_horizon
@@ -595,14 +585,11 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
         return {}
     log.csv.close()
     log.writer.close()
-    figures = {"global_step": global_step, "seconds": seconds}
-    return figures | evaluate(policy, reference, reward, before, run_dir)
+    return {"global_step": global_step, "seconds": seconds} | evaluate(policy, reference, reward, before, run_dir)
 
 
 @torch.no_grad()
-def evaluate(
-    policy: Model, reference: Model, reward: "Reward", before: list[Example], run_dir: Path
-) -> dict[str, float]:
+def evaluate(policy: Model, reference: Model, reward: "Reward", before: list[Example], run_dir: Path) -> dict:
     """Compares responses of the policy and the reference to the same prompts. Returns figures for the summary."""
     args = policy.args
     torch.manual_seed(args.seed)
@@ -628,7 +615,7 @@ def evaluate(
     return {"win_rate": win_rate, "kl": kl} | means
 
 
-# -------------------------------------------------------------------------------------------------------------- reward
+# ------------------------------------------------------------------------------------------------------ reward and data
 
 
 class Reward:
@@ -683,9 +670,6 @@ class Reward:
             return self.model.lm(**inputs.to(self.args.device)).logits[:, 0].float()
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
-
-
 def split(items: list, size: int) -> list[list]:
     """The items in parts of this size."""
     return [items[i : i + size] for i in range(0, len(items), size)]
@@ -706,7 +690,7 @@ def hold_out(examples: list[Example], seed: int) -> tuple[list[Example], list[Ex
     return [x for x in examples if x.text not in unseen], [x for x in examples if x.text in unseen] or examples
 
 
-def parse_row(row: dict[str, Any]) -> tuple[str | list[dict], list[str], float | None]:
+def parse_row(row: dict) -> tuple[str | list[dict], list[str], float | None]:
     """Prompt, responses (none, one, or chosen and rejected) and rating of a row. It has a prompt and a response (TRL:
     completion), perhaps with a rating; prompt, chosen and rejected, or these two alone, which begin with the prompt
     (Anthropic HH, UltraFeedback); messages; or a prompt alone. Each is a text or a list of messages."""
@@ -749,30 +733,24 @@ def decode(examples: list[Example], tokenizer: Tokenizer) -> list[str]:
     return [text(x.tokens + x.response)[len(text(x.tokens)) :] for x in examples]
 
 
-def load_rows(args: Args) -> list[dict[str, Any]]:
-    """The rows of --dataset, or made-up reviews. Raises UserError."""
-    if args.dataset is None:
-        rng = random.Random(args.seed)
-        return [write_review(rng) for _ in range(NUM_REVIEWS)]
-    path = Path(args.dataset)
-    source = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": args.dataset}
-    datasets.logging.set_verbosity(logging.CRITICAL)  # it would report what is raised here
-    with user_error_in(f"--dataset {args.dataset} cannot be loaded"):
-        rows = [*datasets.load_dataset(**source, split=args.dataset_split)]
-    return rows
-
-
 def load_examples(args: Args) -> tuple[list[Example], Tokenizer]:
     """The data as examples of one form, and the tokenizer of --model. Raises UserError."""
-    rows, examples, forms = load_rows(args), [], set()
+    if args.dataset is None:
+        rng = random.Random(args.seed)
+        rows = [write_review(rng) for _ in range(NUM_REVIEWS)]
+    else:
+        path = Path(args.dataset)
+        source = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": args.dataset}
+        datasets.logging.set_verbosity(logging.CRITICAL)  # it would report what is raised here
+        with user_error_in(f"--dataset {args.dataset} cannot be loaded"):
+            rows = [*datasets.load_dataset(**source, split=args.dataset_split)]
     if args.model == "embedded":
         tokenizer = make_tokenizer([str(value) for row in rows for value in row.values()])
     else:
         tokenizer = load_tokenizer(args.model)
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"--model {args.model}: its tokenizer has no end token, which ends responses; set its eos_token"
-        )
+        raise UserError(f"--model {args.model}: its tokenizer has no end token for responses; set its eos_token")
+    examples, forms = [], set()
     for number, row in enumerate(rows):
         with user_error_in(f"row {number} of --dataset {args.dataset}, where the first is row 0"):
             prompt, answers, rating = parse_row(row)
@@ -810,9 +788,8 @@ def make_tokenizer(texts: list[str]) -> Tokenizer:
 def load_tokenizer(name: str | Path) -> Tokenizer:
     """The tokenizer of a hub id or folder, with a padding token that is not the end token. Raises UserError."""
     with user_error_in(f"the tokenizer of {name} cannot be loaded"):
-        is_file = Path(
-            name, "tokenizer.json"
-        ).exists()  # AutoTokenizer would go by the model, and split a Qwen2's words
+        # As it was saved: AutoTokenizer goes by the model, and makes a Qwen2's of whatever lies beside a Qwen2.
+        is_file = Path(name, "tokenizer.json").exists()
         auto_class = transformers.PreTrainedTokenizerFast if is_file else transformers.AutoTokenizer
         tokenizer = auto_class.from_pretrained(name)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id):
@@ -949,9 +926,9 @@ def load(path: Path, **parts) -> dict:
     return content
 
 
-def play(args: Args, run_dir: Path) -> None:
+def play(args: Args) -> None:
     """Prints a response to --prompt of the policy in a run folder."""
-    policy = load_model(run_dir / "policy", args)
+    policy = load_model(Path(args.play, "policy"), args)
     with user_error_in(f"--prompt {args.prompt}"):
         prompt = json.loads(args.prompt) if args.prompt.startswith("[") else args.prompt
         text, tokens = encode_prompt(prompt, policy.tokenizer)
@@ -969,11 +946,7 @@ ADJECTIVES = {
     0: "ordinary average small big usual plain",
     -1: "awful terrible bland cold stale poor dreadful disappointing horrible dull dirty sad",
 }
-ENDINGS = {
-    1: ("i will come back", "we loved it", "five stars"),
-    0: ("that is all", "we paid and left"),
-    -1: ("never again", "i want my money back", "one star"),
-}
+ENDINGS = {1: ("we loved it", "five stars"), 0: ("that is all", "we paid and left"), -1: ("never again", "one star")}
 
 
 def write_review(rng: random.Random) -> dict[str, str]:
@@ -991,9 +964,8 @@ def write_review(rng: random.Random) -> dict[str, str]:
 
 
 def gold_score(review: str) -> float:
-    """What people want of a review, hidden from all that is trained: each word of praise or blame counts 1 or -1, a
-    praising or blaming ending 1 more. Off go 1 for each noun or adjective said before, 0.2 for each word beyond 30, and
-    3 where the last sentence has no end."""
+    """What people want, hidden from all that is trained: each word of praise or blame counts 1 or -1, such an ending 1
+    more. Off go 1 for each noun or adjective said before, 0.2 for each word beyond 30, and 3 without a full stop."""
     words = review.split()
     signs = {adjective: sign for sign, adjectives in ADJECTIVES.items() for adjective in adjectives.split()}
     sentiment = sum(signs.get(word, 0) for word in words)
@@ -1009,8 +981,8 @@ def gold_scores(examples: list[Example], tokenizer: Tokenizer) -> list[float]:
 
 
 def ask_people(model: Model, examples: list[Example], args: Args) -> list[Example]:
-    """Comparisons of two samples of the model each, by simulated people. They have the gold score in mind, and err. The
-    hotter samples show what PPO may try: mistakes that are rare."""
+    """Comparisons by simulated people, who have the gold score in mind, and err. The hotter samples show the reward
+    model what PPO may try: mistakes that are rare."""
     rng, judged = random.Random(args.seed), []
     prompts = rng.choices(examples, k=args.num_feedback)
     for chosen, rejected in zip(model.generate(prompts), model.generate(prompts, heat=1.5)):
@@ -1035,7 +1007,7 @@ def main() -> None:
         except (OSError, TypeError, ValueError) as error:
             raise UserError(f"{config} is missing, damaged or of another script: {error}") from error
 
-    names, has_reward = [*vars(args)], args.reward_model or args.reward_fn
+    has_reward = args.reward_model or args.reward_fn
     unused = "" if is_play else "prompt "
     unused += "num_feedback " if args.dataset or has_reward else ""
     unused += "reward_steps reward_batch_size reward_learning_rate " if has_reward else ""
@@ -1043,6 +1015,7 @@ def main() -> None:
     unused += "lora_alpha " if args.lora_rank == 0 else ""
     unused += "dataset_split " if args.dataset is None else ""
     unused += "kl_horizon " if args.kl_target is None else ""
+    names = [*vars(args)]
     if earlier_run:  # stages 1 and 2 are over, and their models are what those of PPO are made of
         unused += " ".join(names[: names.index("total_episodes")]) + " critic lora_rank lora_alpha kl_coef"
     if is_play:
@@ -1051,9 +1024,11 @@ def main() -> None:
     for name in unused.split():
         if getattr(args, name) != getattr(before, name):
             raise UserError(f"--{name.replace('_', '-')} has no effect with the other flags, or so late in a run")
-    above_0 = "max_prompt_length response_length temperature sft_batch_size num_feedback reward_batch_size batch_size"
-    above_0 += " total_episodes num_minibatches micro_batch_size update_epochs learning_rate clip_coef max_grad_norm"
-    for name in f"{above_0} checkpoint_interval eval_samples".split():
+    above_0 = (
+        "response_length temperature sft_batch_size num_feedback reward_batch_size total_episodes batch_size clip_coef"
+    )
+    above_0 += " num_minibatches micro_batch_size update_epochs learning_rate max_grad_norm checkpoint_interval"
+    for name in f"{above_0} eval_samples".split():
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be above 0 and finite")
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -1075,7 +1050,7 @@ def main() -> None:
     if args.model == "embedded":
         torch.set_num_threads(1)  # more only slow networks of this size down
     if is_play:
-        play(args, Path(args.play))
+        play(args)
         return
 
     run_name = f"{Path(args.dataset or 'reviews').stem}__{Path(__file__).stem}__{args.seed}"
