@@ -739,13 +739,13 @@ def load_examples(args: Args) -> tuple[list[Example], Tokenizer]:
         rng = random.Random(args.seed)
         rows = [write_review(rng) for _ in range(NUM_REVIEWS)]
     else:
-        path = Path(args.dataset)
+        path = Path(args.dataset).resolve()
         source = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": args.dataset}
         datasets.logging.set_verbosity(logging.CRITICAL)  # it would report what is raised here
         with user_error_in(f"--dataset {args.dataset} cannot be loaded"):
             rows = [*datasets.load_dataset(**source, split=args.dataset_split)]
     if args.model == "embedded":
-        tokenizer = make_tokenizer([str(value) for row in rows for value in row.values()])
+        tokenizer = make_tokenizer([text for row in rows for text in row.values() if isinstance(text, str)])
     else:
         tokenizer = load_tokenizer(args.model)
     if tokenizer.eos_token_id is None:

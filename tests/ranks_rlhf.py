@@ -1,6 +1,6 @@
 """A short run of ppo_rlhf_token.py whose responses depend on the prompts alone, by one process or by two.
 
-Usage: torchrun ranks_rlhf.py RUN_DIR
+Usage: torchrun ranks_rlhf.py MODEL RUN_DIR
 """
 
 import random
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import transformers
 
 import ppo_rlhf_token as ppo
 
@@ -18,26 +17,23 @@ FLAGS |= {"total_episodes": 48, "batch_size": 16, "num_minibatches": 1, "micro_b
 FLAGS |= {"response_length": 8, "whiten_rewards": True, "device": "cpu", "critic": "separate"}
 
 
-def run(run_dir, patch):
-    """Trains in run_dir. patch: of a test's monkeypatch, or setattr."""
+def run(model, run_dir, patch):
+    """Trains a model in run_dir. patch: of a test's monkeypatch, or setattr."""
 
     def generate(self, examples, heat=1.0):
         sampled = []
         for x in examples:
             rng = random.Random(f"{x.text} {heat}")
             length = rng.randint(1, 8)
-            sampled.append(x._replace(response=[rng.randint(2, 40) for _ in range(length)] + [1] * (length < 8)))
+            sampled.append(x._replace(response=[rng.randint(2, 12) for _ in range(length)] + [1] * (length < 8)))
         return sampled
 
-    make_config = transformers.LlamaConfig
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "initializer_range": 0.15}
-    patch(transformers, "LlamaConfig", lambda **given: make_config(**given | sizes))
     patch(ppo, "NUM_REVIEWS", 200)
     patch(ppo.Model, "generate", generate)
     torch.set_num_threads(1)
-    ppo.train(ppo.Args(**FLAGS), Path(run_dir))
+    ppo.train(ppo.Args(model=model, **FLAGS), Path(run_dir))
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    run(sys.argv[1], setattr)
+    run(*sys.argv[1:], setattr)

@@ -25,6 +25,7 @@ BUDGETS = {
     "ppo_mlp_discrete.py": (460, 3500),
     "ppo_mlp_continuous.py": (540, 4400),
     "ppo_char_lm_pizza.py": (560, 4600),
+    "ppo_rlhf_token.py": (1050, 9600),
 }
 MINIMAL = [path for path in SCRIPTS if path.name in BUDGETS]
 EARLIER = [path for path in SCRIPTS if path.name not in BUDGETS]
