@@ -19,31 +19,31 @@ Three stages, each of which leaves folders for transformers or PEFT, from which 
 
 PPO repeats one iteration, which is numbered in `rollout`, `update` and `train`:
 1. Rollout: the policy responds to the next prompts, token by token, and the reward model scores the responses.
-2. Advantages: a response earns its score with its last token, and each token pays for being likelier to the policy than
-   to the reference, the model in sft/. How much better than the critic expected did it turn out? (`masked_gae`)
+2. Advantages: the last token of a response earns the score, and each pays for being likelier to the policy than to the
+   reference, the model in sft/. How much better than the critic expected did it turn out? (`masked_gae`)
 3. Update: in several passes over these responses, good tokens become likelier and bad ones less likely; beyond a factor
    of 1 ± epsilon there is nothing to gain (`ppo_loss`). The critic learns what to expect. Then the data is thrown away.
 4. Metrics, and now and then a checkpoint.
 To change the loss edit `ppo_loss`, the form of the data `parse_row`. For another reward write a function for
 --reward-fn: it gets lists of prompts, of responses and, by name, of the data's other columns, and returns a list.
 
-Without --dataset, a grammar writes restaurant reviews, and a hidden gold score stands for what people want. Simulated
-people have it in mind, and err, when they compare samples of the model. The reward model knows these judgements alone,
-and PPO the reward model alone. So the run can tell whether the policy has become better, or only scores higher.
+Without --dataset, a grammar writes restaurant reviews, and simulated people compare samples with a hidden gold score in
+mind, and err. The reward model knows these judgements alone, and PPO the reward model alone: so the run can tell
+whether the policy has become better, or only scores higher.
 
 Shapes: B responses of a batch or part of it, P and L tokens of its longest prompt and response, M tokens of all of its
 responses, V tokens in the vocabulary, H numbers in a hidden state.
 Sources: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438, KL penalty (Ziegler et al.)
-https://arxiv.org/abs/1909.08593, InstructGPT https://arxiv.org/abs/2203.02155, "The N+ Implementation Details of RLHF
-with PPO" https://arxiv.org/abs/2403.17031, KL estimates http://joschu.net/blog/kl-approx.html.
+https://arxiv.org/abs/1909.08593, InstructGPT https://arxiv.org/abs/2203.02155, N+ implementation details
+https://arxiv.org/abs/2403.17031, KL estimates http://joschu.net/blog/kl-approx.html.
 
 Where this differs from TRL's PPOTrainer:
 - The critic is a second head on the policy's body, unless --critic separate asks for a model of its own.
 - Log-probs before the update come from the pass that the update makes, over the same micro-batches: the first ratio is
   1 to the last bit. Means are over the tokens of a minibatch, not means of micro-batches' means.
-- With LoRA there is one copy of the weights: the reference is the body without adapters; policy, reward model and
-  separate critic are adapters; that of supervised fine-tuning is merged into the body.
-- No model has dropout. Policy and reference would differ by chance, before anything was learned.
+- With LoRA there is one copy of the weights: the reference is the body without adapters, into which that of fine-tuning
+  is merged; policy, reward model and separate critic are adapters.
+- No model has dropout, which would make policy and reference differ by chance.
 - Scores of a reward model are shifted and scaled to mean 0 and standard deviation 1 on responses of the reference.
 """
 
@@ -60,7 +60,6 @@ import shutil
 import sys
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -160,6 +159,8 @@ class Model:
     def __init__(self, lm: transformers.PreTrainedModel, tokenizer: Tokenizer, args: Args, adapter: str | None = None):
         self.lm, self.tokenizer, self.args, self.adapter = lm, tokenizer, args, adapter
         self.pad_id, self.end_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        if args.lora_rank:  # what an adapter is
+            self.lora = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear")
         self.head = nn.Linear(lm.config.hidden_size, 1, bias=False, device=args.device)
         nn.init.zeros_(self.head.weight)
 
@@ -172,7 +173,7 @@ class Model:
             if folder:
                 self.lm.load_adapter(str(folder), name)
             else:
-                self.lm.add_adapter(lora_config(args), name)
+                self.lm.add_adapter(self.lora, name)
         model = Model(self.lm, self.tokenizer, args, name)
         for weight in model.parameters():
             weight.data = weight.data.float()  # what is trained is not rounded, whatever it sits on
@@ -206,8 +207,7 @@ class Model:
             return module(tokens, attention_mask=mask, position_ids=mask.cumsum(-1) - mask, **options)
 
     def log_probs(self, examples: list[Example], temperature: float) -> tuple[Tensor, Tensor]:
-        """Of the tokens of responses: log-probs (B, L), and what the head says before each (B, L). Padding has 0.
-        No logits are computed for the prompts, and none are kept."""
+        """Of the tokens of responses: log-probs (B, L), and what the head says before each (B, L); 0 in padding."""
         tokens, mask = self.pad(examples)  # (B, P + L), (B, L)
         length = mask.shape[1]
         output = self.run(self.lm, tokens, logits_to_keep=length + 1, output_hidden_states=True)
@@ -297,8 +297,7 @@ def fit(model: Model, losses: Callable, examples: list[Example], stage: str) -> 
 def sft_losses(policy: Model, examples: list[Example]) -> Tensor:
     """Negative log-probs (M,) of the tokens of responses."""
     log_probs, _ = policy.log_probs(examples, temperature=1.0)  # (B, L)
-    _, mask = policy.pad(examples)  # (B, L)
-    return -log_probs[mask]
+    return -log_probs[policy.pad(examples)[1]]
 
 
 def fine_tune(examples: list[Example], tokenizer: Tokenizer, folder: Path, args: Args) -> None:
@@ -307,7 +306,7 @@ def fine_tune(examples: list[Example], tokenizer: Tokenizer, folder: Path, args:
     policy = load_model(args.model, args, tokenizer)
     if args.lora_rank and args.model != "embedded":  # which has yet to learn everything
         policy.adapter = "sft"
-        adapted = peft.get_peft_model(policy.lm, lora_config(args), policy.adapter)
+        adapted = peft.get_peft_model(policy.lm, policy.lora, policy.adapter)
         fit(policy, sft_losses, examples, "sft")
         policy.lm, policy.adapter = adapted.merge_and_unload(), None
     else:
@@ -333,17 +332,10 @@ def train_reward_model(source: str | Path, examples: list[Example], folder: Path
         ratings = [x.rating for x in examples]
         mean, std = np.mean(ratings), np.std(ratings) or 1.0
         examples = [x._replace(rating=(x.rating - mean) / std) for x in examples]
-    examples, held_out = hold_out(examples, args.seed)
-
     model = model.branch("reward")
     nn.init.normal_(model.head.weight, std=1 / math.sqrt(model.head.in_features + 1))
     fit(model, reward_losses, examples, "reward")
     save_model(folder, model, is_scalar=True)
-
-    if examples[0].rating is None:  # then the loss is below log 2 where the chosen response has the higher score
-        with torch.no_grad():
-            losses = torch.cat([reward_losses(model, part) for part in split(held_out, args.micro_batch_size)])
-        print(f"reward model: {(losses < math.log(2)).float().mean():.1%} of held-out comparisons are as people judge")
 
 
 # -------------------------------------------------------------------------------------------------------- stage 3, PPO
@@ -430,11 +422,10 @@ def rollout(
     columns = mask, log_probs, values, advantages, returns
     batches = [Batch(responses[part[0]], *(column[part] for column in columns)) for part in parts]
 
-    _, returns_std = moments(returns[mask])
     metrics = {"objective/scores": scores.mean(), "objective/rlhf_reward": rewards.sum(-1).mean()}
     metrics |= {"objective/kl": kl.mean(), "objective/entropy": -log_probs.sum(-1).mean()}  # both estimated
     metrics |= {"objective/eos_rate": has_ended.float().mean(), "objective/response_length": lengths.float().mean()}
-    metrics["val/explained_variance"] = 1 - (std / returns_std).square()  # since advantages are returns - values
+    metrics["val/explained_variance"] = 1 - (std / moments(returns[mask])[1]).square()  # as gae = returns - values
     if args.dataset is None:
         metrics["objective/gold"] = torch.tensor(gold_scores(responses, policy.tokenizer), device=args.device).mean()
     average_over_ranks([*metrics.values()], len(responses))
@@ -448,8 +439,7 @@ def approximate_kl(log_ratio: Tensor) -> Tensor:
 
 
 def ppo_loss(policy: Model, critic: Model, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a micro-batch, and figures for the log: sums over its tokens. Divided by the number of tokens in the
-    minibatch they are its means, however it is cut into micro-batches and spread over processes."""
+    """Loss of a micro-batch, and figures for the log: sums over its tokens, to be divided by those of the minibatch."""
     log_probs, values = policy.log_probs(batch.examples, args.temperature)  # (B, L) each
     log_ratio = (log_probs - batch.log_probs)[batch.mask]  # (M,)
     ratio = log_ratio.exp()  # new / old probability of the token
@@ -457,7 +447,6 @@ def ppo_loss(policy: Model, critic: Model, batch: Batch, args: Args) -> tuple[Te
     advantages = batch.advantages[batch.mask]
     # The lesser (PPO paper, eq. 7): changes beyond the clip gain nothing, but may cost.
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).sum()
-
     if args.critic == "separate":
         policy_loss.backward()  # here, since the critic's pass switches the policy's adapter off, and needs the memory
         policy_loss = policy_loss.detach()
@@ -467,20 +456,17 @@ def ppo_loss(policy: Model, critic: Model, batch: Batch, args: Args) -> tuple[Te
         clipped_values = batch.values + (values - batch.values).clamp(-args.clip_coef, args.clip_coef)
         squared_errors = torch.max(squared_errors, (clipped_values - batch.returns).square())
     value_loss = 0.5 * squared_errors[batch.mask].sum()
-
     figures = {"loss/policy_avg": policy_loss, "loss/value_avg": value_loss}
-    figures |= {"policy/approxkl_avg": approximate_kl(log_ratio) * len(ratio)}
-    figures |= {"policy/clipfrac_avg": (ratio != clipped_ratio).sum()}
-    figures |= {"val/ratio": ratio.sum(), "val/ratio_var": (ratio - 1).square().sum()}
+    figures |= {"policy/approxkl_avg": approximate_kl(log_ratio) * len(ratio), "val/ratio": ratio.sum()}
+    figures |= {"policy/clipfrac_avg": (ratio != clipped_ratio).sum(), "val/ratio_var": (ratio - 1).square().sum()}
     loss = policy_loss + args.vf_coef * value_loss
     return loss, {name: figure.detach() for name, figure in figures.items()}
 
 
 def update(policy: Model, critic: Model, batches: list[Batch], optimizer: torch.optim.Adam, args: Args) -> dict:
     """Trains policy and critic. Returns the figures of ppo_loss, means over the tokens of all steps."""
-    # 3. Update: a step of the optimizer for each minibatch, in several passes. Each pass shuffles the micro-batches,
-    # and leaves each as it is: padded otherwise, its log-probs would differ by rounding, and the first ratio from 1.
-    sums, total_count, grad_norms = defaultdict(float), 0, []
+    # 3. Update: a step for each minibatch. Micro-batches stay as they are: padded otherwise, a first ratio were not 1
+    sums, total_count, grad_norms = {}, 0, []
     for _ in range(args.update_epochs):
         for minibatch in torch.randperm(len(batches)).chunk(args.num_minibatches):
             count = sum(batches[i].mask.sum().item() for i in minibatch)
@@ -490,7 +476,7 @@ def update(policy: Model, critic: Model, batches: list[Batch], optimizer: torch.
                     raise FloatingPointError("ratio is not 1 before the first step: a model has dropout or noise")
                 loss.backward()
                 for name, figure in figures.items():
-                    sums[name] += figure
+                    sums[name] = sums.get(name, 0) + figure
             grad_norms.append(optimizer_step(optimizer, count, args))
             total_count += count
     means = {name: total / total_count for name, total in sums.items()}
@@ -515,8 +501,8 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
 
     # Stages 1 and 2. A folder appears when its stage is finished, and tells a resumed run to go on behind it.
     source, reward_folder = args.model, run_dir / "reward_model"
-    is_adapter = Path(args.model, "adapter_config.json").exists()
-    if args.sft_steps or (is_adapter and args.lora_rank):  # whose adapters want one body: 0 steps merge that of --model
+    is_adapter = args.lora_rank and Path(args.model, "adapter_config.json").exists()
+    if args.sft_steps or is_adapter:  # which 0 steps merge into the one body
         source = run_dir / "sft"
         if not source.exists():
             fine_tune(examples, tokenizer, source, args)
@@ -529,10 +515,13 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
     before = reference.generate(held_out[: args.eval_samples])  # what the policy is compared with
     policy = reference.branch("policy")
     critic = policy  # by its head
-    if args.critic == "separate":
-        critic = reference.branch("critic", reward_folder if reward_folder.exists() else None)
-        nn.init.zeros_(critic.head.weight)
-    if reward_folder.exists():
+    is_trained = reward_folder.exists()
+    if (
+        args.critic == "separate"
+    ):  # it starts with the reward model's body, which knows what is worth how much, and says
+        critic = reference.branch("critic", reward_folder if is_trained else None)
+        nn.init.zeros_(critic.head.weight)  # 0: it then explains a third of the variance from the third iteration on
+    if is_trained:
         reward.model = reference.branch("reward", reward_folder)
     if not args.reward_fn:
         scores = reward(before)
@@ -554,8 +543,7 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
 
     while global_step < args.total_episodes:
         # All that is random comes from seed and iteration alone: a resumed run goes on as if it had never stopped.
-        (torch_seed,) = np.random.SeedSequence((args.seed, iteration)).generate_state(1).tolist()
-        torch.manual_seed(torch_seed + rank)
+        torch.manual_seed(np.random.SeedSequence((args.seed, iteration)).generate_state(1).item() + rank)
         prompts = in_order(examples, global_step, args.batch_size, args.seed)
         batches, metrics = rollout(policy, critic, reference, reward, prompts, kl_coef, args)
         annealing = 1 - global_step / args.total_episodes if args.anneal_lr else 1
@@ -611,8 +599,7 @@ def evaluate(policy: Model, reference: Model, reward: "Reward", before: list[Exa
     for name in ("prompt", "before", "after"):
         print(f"{name}:", *samples[name][:3], sep="\n  ")
     print(f"win rate {win_rate:.1%} by {judge}, KL {kl:.2f} nats per response")
-    means = {name: np.mean(column) for name, column in samples.items() if "_" in name}
-    return {"win_rate": win_rate, "kl": kl} | means
+    return {"win_rate": win_rate, "kl": kl} | {name: np.mean(x) for name, x in samples.items() if "_" in name}
 
 
 # ------------------------------------------------------------------------------------------------------ reward and data
@@ -647,14 +634,13 @@ class Reward:
 
     def call_function(self, examples: list[Example]) -> Tensor:
         """Scores (B,) by --reward-fn, which gets prompts, responses and, if it takes more, the rows' other columns."""
-        columns = {}
-        if len(inspect.signature(self.function).parameters) > 2:
-            columns = {name: [x.columns[name] for x in examples] for name in examples[0].columns}
+        names = examples[0].columns if len(inspect.signature(self.function).parameters) > 2 else ()
+        columns = {name: [x.columns[name] for x in examples] for name in names}
         scores = self.function([x.prompt for x in examples], decode(examples, self.tokenizer), **columns)
         scores = torch.tensor([float(score) for score in scores], device=self.args.device)
         if len(scores) != len(examples) or not scores.isfinite().all():
-            what = f"{len(scores)} scores for {len(examples)} responses, or one that is not finite"
-            raise UserError(f"--reward-fn {self.args.reward_fn} returned {what}")
+            found = f"{len(scores)} scores for {len(examples)} responses, or one is not finite"
+            raise UserError(f"--reward-fn {self.args.reward_fn} returned {found}")
         return scores
 
     def score_texts(self, examples: list[Example]) -> Tensor:
@@ -798,8 +784,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
 
 def load_model(name: str | Path, args: Args, tokenizer: Tokenizer | None = None, is_scalar: bool = False) -> Model:
-    """A causal LM, or a classifier with one label: from the hub, a folder, that of a LoRA adapter, or the embedded one.
-    It has its own tokenizer unless one is given, no dropout, and samples as the flags say. Raises UserError."""
+    """A causal LM or a classifier with one label, from the hub, a folder or that of an adapter. Raises UserError."""
     auto_class = Classifier if is_scalar else transformers.AutoModelForCausalLM
     tokenizer = tokenizer or load_tokenizer(name)
     adapter = Path(name, "adapter_config.json")
@@ -840,14 +825,8 @@ def load_model(name: str | Path, args: Args, tokenizer: Tokenizer | None = None,
     return model
 
 
-def lora_config(args: Args) -> peft.LoraConfig:
-    """Adapters on all linear layers of the body."""
-    return peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear")
-
-
 def save_model(folder: Path, model: Model, is_scalar: bool = False) -> None:
-    """Saves a model for transformers, or its adapter for PEFT; if is_scalar, as a classifier with one label. The folder
-    appears when it is whole, and no process goes on before."""
+    """Saves a model for transformers, or its adapter for PEFT, as a causal LM or (is_scalar) a classifier."""
     if process()[0] == 0:
         part, lm = folder.with_name(folder.name + ".part"), model.lm
         if model.adapter:
@@ -859,7 +838,6 @@ def save_model(folder: Path, model: Model, is_scalar: bool = False) -> None:
                 weights["score.weight"] = model.head.weight
             config.save_pretrained(part)
             save_file({f"base_model.model.{key}": x for key, x in weights.items()}, part / "adapter_model.safetensors")
-            lm.generation_config.save_pretrained(part)
         elif is_scalar:
             with torch.device("meta"):  # without weights of its own
                 classifier = Classifier.from_config(lm.config)
@@ -870,7 +848,7 @@ def save_model(folder: Path, model: Model, is_scalar: bool = False) -> None:
             lm.save_pretrained(part)
         model.tokenizer.save_pretrained(part)
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
+        os.replace(part, folder)  # it appears when it is whole
     if dist.is_initialized():
         dist.barrier()
 
@@ -939,8 +917,9 @@ def play(args: Args) -> None:
 # -------------------------------------------------------------------------------------------------- made-up reviews
 
 NUM_REVIEWS = 5000
-THINGS = "soup pasta pizza salad steak fish curry bread coffee dessert burger rice wine cake tea chicken"
-THINGS += " waiter chef host service room music table terrace menu kitchen"
+THINGS = (
+    "soup pasta pizza salad fish bread coffee rice wine cake tea chicken waiter chef host service music menu kitchen"
+)
 ADJECTIVES = {
     1: "delicious excellent lovely wonderful perfect great superb charming fresh splendid pleasant amazing",
     0: "ordinary average small big usual plain",
@@ -950,8 +929,7 @@ ENDINGS = {1: ("we loved it", "five stars"), 0: ("that is all", "we paid and lef
 
 
 def write_review(rng: random.Random) -> dict[str, str]:
-    """A review: statements about dishes and the place, most of them of one mind, with an ending that fits. Now and then
-    it repeats or contradicts itself, or goes on for long. Its first words are the prompt."""
+    """A review: statements, most of them of one mind, and an ending that fits. Its first words are the prompt."""
     mind = rng.choices((1, 0, -1), (1, 2, 2))[0]  # what the guest thinks
     words = []
     for i in range(rng.randint(1, 5)):
@@ -981,8 +959,7 @@ def gold_scores(examples: list[Example], tokenizer: Tokenizer) -> list[float]:
 
 
 def ask_people(model: Model, examples: list[Example], args: Args) -> list[Example]:
-    """Comparisons by simulated people, who have the gold score in mind, and err. The hotter samples show the reward
-    model what PPO may try: mistakes that are rare."""
+    """Comparisons by simulated people. The hotter samples show what PPO may try: mistakes that are rare."""
     rng, judged = random.Random(args.seed), []
     prompts = rng.choices(examples, k=args.num_feedback)
     for chosen, rejected in zip(model.generate(prompts), model.generate(prompts, heat=1.5)):
@@ -1006,7 +983,6 @@ def main() -> None:
             args = tyro.cli(Args, default=before)
         except (OSError, TypeError, ValueError) as error:
             raise UserError(f"{config} is missing, damaged or of another script: {error}") from error
-
     has_reward = args.reward_model or args.reward_fn
     unused = "" if is_play else "prompt "
     unused += "num_feedback " if args.dataset or has_reward else ""
@@ -1024,10 +1000,10 @@ def main() -> None:
     for name in unused.split():
         if getattr(args, name) != getattr(before, name):
             raise UserError(f"--{name.replace('_', '-')} has no effect with the other flags, or so late in a run")
-    above_0 = (
-        "response_length temperature sft_batch_size num_feedback reward_batch_size total_episodes batch_size clip_coef"
+    above_0 = "response_length temperature sft_batch_size num_feedback reward_batch_size total_episodes batch_size"
+    above_0 += (
+        " num_minibatches micro_batch_size update_epochs learning_rate max_grad_norm checkpoint_interval clip_coef"
     )
-    above_0 += " num_minibatches micro_batch_size update_epochs learning_rate max_grad_norm checkpoint_interval"
     for name in f"{above_0} eval_samples".split():
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be above 0 and finite")
@@ -1050,9 +1026,7 @@ def main() -> None:
     if args.model == "embedded":
         torch.set_num_threads(1)  # more only slow networks of this size down
     if is_play:
-        play(args)
-        return
-
+        return play(args)
     run_name = f"{Path(args.dataset or 'reviews').stem}__{Path(__file__).stem}__{args.seed}"
     run_dirs = [earlier_run or args.run_dir or f"runs/{run_name}__{time.strftime('%Y%m%d-%H%M%S')}"]
     if world_size > 1:
