@@ -373,6 +373,7 @@ def test_14_15_loss_and_its_gradient(tmp_path, critic_kind, clips):
     batch = make_batch(policy, critic, random_examples(policy, 8))
     loss, figures = ppo.ppo_loss(policy, critic, batch, args)
     loss.backward()
+    assert not any(figure.requires_grad for figure in figures.values())  # or the log would keep all activations
     gradient = gradients(policy, critic)
     total, ratios, value_losses = 0, [], 0
     for i, x in enumerate(batch.examples):
