@@ -1,81 +1,72 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "matplotlib==3.11.2",
-#     "numpy==2.4.6",
-#     "peft==0.21.2",
-#     "safetensors==0.8.0",
-#     "tensorboard==2.21.0",
-#     "threadpoolctl==3.8.0",
-#     "tokenizers==0.23.3",
-#     "torch==2.13.0",
-#     "tqdm==4.70.1",
-#     "transformers==5.23.0",
-#     "tyro==1.0.16",
-# ]
+# dependencies = ["datasets==5.2.0", "numpy==2.4.6", "peft==0.21.2", "safetensors==0.8.0", "tensorboard==2.21.0",
+#                 "tokenizers==0.23.3", "torch==2.13.0", "tqdm==4.70.1", "transformers==5.23.0", "tyro==1.0.16"]
 # ///
-"""RLHF in one file: supervised fine-tuning, a reward model from people's judgements, and token-level PPO against it.
+"""RLHF of a language model: supervised fine-tuning, a reward model of people's judgements, PPO on tokens against it.
 
-    python ppo_rlhf_token.py                                            # restaurant reviews, a small model, no download
-    python ppo_rlhf_token.py --model Qwen/Qwen2-0.5B --dataset rows.jsonl --lora-rank 16 --sft-learning-rate 1e-4 \
-        --reward-learning-rate 1e-4 --learning-rate 1e-5
-    python ppo_rlhf_token.py --play runs/RUN/policy --prompt "the soup was"
+    python ppo_rlhf_token.py --run-dir runs/reviews     # a small model learns to write kind reviews, in two minutes
+    python ppo_rlhf_token.py --play runs/reviews --prompt "the soup was"    # a response of the policy of this run
+    python ppo_rlhf_token.py --resume runs/reviews      # goes on from the last checkpoint of a run that was stopped
+    python ppo_rlhf_token.py --model Qwen/Qwen2-0.5B-Instruct --dataset rows.jsonl --lora-rank 16 --sft-steps 0 \
+        --reward-fn my_reward.py:score --learning-rate 1e-5 --max-prompt-length 512 --response-length 256
+    torchrun --nproc-per-node 2 ppo_rlhf_token.py       # two processes, each with half of every batch
 
-The three stages share one code path, whatever causal language model they train. By default a small grammar writes
-restaurant reviews, and a small model learns to continue their opening words. A hidden gold score stands for what people
-want; simulated people compare samples with it in mind, and err; the reward model learns from these judgements alone,
-and PPO from the reward model alone. So the run can tell whether the gold score rose too.
+Three stages, each of which leaves folders for transformers or PEFT, from which the next one starts:
+- `fine_tune`: the model learns to write responses like those in the data (sft/).
+- `train_reward_model`: a model learns to score responses, from people's comparisons or ratings (reward_model/).
+- PPO in `train`: the policy, at first the model in sft/, learns to write responses of high score (policy/, critic/).
 
-References: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438, fine-tuning with a KL penalty
-https://arxiv.org/abs/1909.08593, InstructGPT https://arxiv.org/abs/2203.02155, the N+ implementation details
-https://arxiv.org/abs/2403.17031, over-optimisation https://arxiv.org/abs/2210.10760.
+PPO repeats one iteration, which is numbered in `rollout`, `update` and `train`:
+1. Rollout: the policy responds to the next prompts, token by token, and the reward model scores the responses.
+2. Advantages: the last token of a response earns the score, and each pays for being likelier to the policy than to the
+   reference, the model in sft/. How much better than the critic expected did it turn out? (`masked_gae`)
+3. Update: in several passes over these responses, good tokens become likelier and bad ones less likely; beyond a factor
+   of 1 ± epsilon there is nothing to gain (`ppo_loss`). The critic learns what to expect. Then the data is thrown away.
+4. Metrics, and now and then a checkpoint.
+To change the loss edit `ppo_loss`, the form of the data `parse_row`. For another reward write a function for
+--reward-fn: it gets lists of prompts, of responses and, by name, of the data's other columns, and returns a list.
 
-Where this differs from what is common, and why:
-- Old log-probs are scored by the pass that the update makes, in the very micro-batches of the update, which stay
-  together for all epochs: where PPO starts, ratio = 1 to the last bit, and the run checks that.
-- The vocabulary scores of a response are computed where its tokens are predicted and nowhere else; they are never kept.
-- A mean over tokens is over the tokens of the whole minibatch, not a mean of the means of its micro-batches.
-- The KL penalty is a reward on each token; its sum over a response is an unbiased estimate of the divergence of whole
-  responses. It is no term of the loss.
-- With LoRA there is one copy of the weights: the reference is the model without adapters, and policy, reward model and
-  separate critic are adapters. Supervised fine-tuning is merged into the weights before.
-- There is no dropout in any model: policy and reference would differ at random, and ratio and KL with them.
-- A reward model's scores are shifted and scaled to mean 0 and std 1 on samples of the reference, because neither means
-  anything. A reward function's scores are taken as they are.
+Without --dataset, a grammar writes restaurant reviews, and simulated people compare samples with a hidden gold score in
+mind, and err. The reward model knows these judgements alone, and PPO the reward model alone: so the run can tell
+whether the policy has become better, or only scores higher.
+
+Shapes: B responses of a batch or part of it, P and L tokens of its longest prompt and response, M tokens of all of its
+responses, V tokens in the vocabulary, H numbers in a hidden state.
+Sources: PPO https://arxiv.org/abs/1707.06347, GAE https://arxiv.org/abs/1506.02438, KL penalty (Ziegler et al.)
+https://arxiv.org/abs/1909.08593, InstructGPT https://arxiv.org/abs/2203.02155, N+ implementation details
+https://arxiv.org/abs/2403.17031, KL estimates http://joschu.net/blog/kl-approx.html.
+
+Where this differs from TRL's PPOTrainer:
+- The critic is a second head on the policy's body, unless --critic separate asks for a model of its own.
+- Log-probs before the update come from the pass that the update makes, over the same micro-batches: the first ratio is
+  1 to the last bit. Means are over the tokens of a minibatch, not means of micro-batches' means.
+- With LoRA there is one copy of the weights: the reference is the body without adapters, into which that of fine-tuning
+  is merged; policy, reward model and separate critic are adapters.
+- No model has dropout, which would make policy and reference differ by chance.
+- Scores of a reward model are shifted and scaled to mean 0 and standard deviation 1 on responses of the reference.
 """
 
 import contextlib
 import copy
-import csv
-import io
-import itertools
+import inspect
 import json
 import logging
 import math
 import os
-import platform
 import random
-import re
-import shlex
+import runpy
 import shutil
-import signal
-import subprocess
 import sys
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from importlib.metadata import version
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from multiprocessing import parent_process
 from pathlib import Path
-from shutil import which
 from typing import Literal, NamedTuple
 
+import datasets
 import numpy as np
 import peft
 import tokenizers
@@ -83,1735 +74,976 @@ import torch
 import torch.distributed as dist
 import transformers
 import tyro
-from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
-from tensorboard.compat.proto.summary_pb2 import Summary
-from threadpoolctl import threadpool_limits
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification as Classifier
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 @dataclass
 class Args:
-    """RLHF: supervised fine-tuning, reward model, PPO."""
+    """RLHF: supervised fine-tuning, reward model, PPO. The defaults are for made-up reviews and a small new model."""
 
-    model: str = "embedded"
-    """hub id or folder of a causal LM; or embedded: a small untrained one, with the words of the data as its tokens"""
-    dataset: str | None = None
-    """rows to learn from: a .jsonl file, or a hub data set (needs the package datasets). Default: made-up reviews"""
-    dataset_split: str = "train"
-    """split of a hub data set"""
-    reward_model: str | None = None
-    """hub id or folder of a sequence classifier with one label, instead of training a reward model"""
-    reward_fn: str | None = None
-    """FILE.py:NAME of a function (prompts, responses) -> scores, three lists, instead of a reward model"""
-    seed: int = 1
-    """seed of data, weights, sampling and shuffling"""
-    max_prompt_length: int = 128
-    """rows whose prompt has more tokens are left out"""
-    response_length: int = 40
-    """responses are cut off after this many tokens"""
-    temperature: float = 1.0
-    """divides the scores of the vocabulary, wherever a response is sampled or scored"""
+    model: str = "embedded"  # causal LM, hub id or folder; embedded: a small new one, whose tokens are words
+    dataset: str | None = None  # rows: a .jsonl, .json or .parquet file, or a hub id; default: made-up reviews
+    dataset_split: str = "train"  # of a data set, such as test or train[:1000]
+    reward_model: str | None = None  # sequence classifier with one label, hub id or folder, instead of the second stage
+    reward_fn: str | None = (
+        None  # FILE.py:NAME of a function (prompts, responses, **columns); its scores best vary by 1
+    )
+    seed: int = 1  # of data, weights, samples and shuffling
+    max_prompt_length: int = 64  # rows whose prompt has more tokens are left out
+    response_length: int = 40  # responses are cut off after this many tokens
+    temperature: float = 1.0  # divides the logits wherever PPO samples or scores a response
+    sft_steps: int = 250  # of supervised fine-tuning; 0 for a model that has had it
+    sft_batch_size: int = 32  # responses per step
+    sft_learning_rate: float = 3e-3  # Adam's step size at the start, lowered linearly to 0; pretrained: 1e-5, LoRA 1e-4
+    num_feedback: int = 3000  # pairs of made-up reviews that simulated people compare
+    reward_steps: int = 120  # of training the reward model
+    reward_batch_size: int = 32  # comparisons or ratings per step
+    reward_learning_rate: float = 1e-3  # as for fine-tuning
 
-    sft_steps: int = 250
-    """steps of supervised fine-tuning on the rows' responses; 0 for a model that has had it"""
-    sft_batch_size: int = 32
-    """responses per step of supervised fine-tuning"""
-    sft_learning_rate: float = 3e-3
-    """Adam step size of supervised fine-tuning at the start, lowered linearly to 0"""
-    feedback: Literal["comparisons", "ratings"] = "comparisons"
-    """reviews: what the simulated people give"""
-    num_feedback: int = 3000
-    """reviews: pairs of samples that they compare, or of which they rate both"""
-    reward_steps: int = 120
-    """steps of training the reward model"""
-    reward_batch_size: int = 32
-    """comparisons or ratings per step of training the reward model"""
-    reward_learning_rate: float = 1e-3
-    """Adam step size of training the reward model at the start, lowered linearly to 0"""
-
-    total_episodes: int = 4096
-    """responses that PPO learns from"""
-    batch_size: int = 64
-    """responses per iteration"""
-    num_minibatches: int = 2
-    """minibatches per epoch, each with the same number of responses"""
-    micro_batch_size: int | None = 16
-    """responses that are scored and learned from at once, parts of a minibatch; None: all of it"""
-    update_epochs: int = 2
-    """passes over each iteration's responses"""
-    learning_rate: float = 5e-4
-    """Adam step size of PPO at the start; a pretrained model wants far less, 1e-6 to 1e-5"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to 0 over total_episodes"""
-    kl_coef: float = 0.07
-    """beta, what a nat of KL divergence from the reference costs"""
-    kl_estimator: Literal["k1", "k3"] = "k1"
-    """estimate of the KL divergence in the reward: k1 is unbiased, k3 is never negative"""
-    kl_target: float | None = None
-    """adapt kl_coef such that the KL divergence per response comes to this [nats] (Ziegler et al. 2019, §2.2)"""
-    kl_horizon: int = 10_000
-    """episodes per change of kl_coef by a fifth, at most: the larger, the slower it adapts"""
-    missing_eos_penalty: float = 1.0
-    """taken off the score of a response that was cut off"""
-    whiten_rewards: bool = False
-    """divide the rewards of an iteration by their std"""
-    critic: Literal["shared", "separate"] = "shared"
-    """the value function is a head on the policy's body, or a model of its own that starts as the reward model"""
-    gamma: float = 1.0
-    """discount factor per token"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation (GAE paper eq. 16)"""
-    clip_coef: float = 0.2
-    """epsilon of the clipped surrogate (PPO paper eq. 7), and of the value clip"""
-    clip_vloss: bool = True
-    """clip the value loss around the old values"""
-    vf_coef: float = 0.1
-    """weight of the value loss (half the mean squared error)"""
-    max_grad_norm: float = 1.0
-    """joint gradient norm of policy and critic is clipped to this"""
-
-    lora_rank: int = 0
-    """rank of LoRA adapters on a frozen base that all models share; 0: all weights of each model are trained"""
-    lora_alpha: float = 32.0
-    """scale of the adapters, times 1 / rank"""
-    lora_target_modules: list[str] = field(default_factory=list)
-    """names of the layers that get adapters, such as q_proj v_proj; none given: all linear layers of the body"""
-    bf16: bool = False
-    """compute in bfloat16; what is trained stays float32, the frozen base of LoRA is bfloat16"""
-    gradient_checkpointing: bool = False
-    """compute activations again in the backward pass instead of keeping them: less memory, more time"""
-    compile: bool = False
-    """torch.compile the bodies, on a GPU with CUDA graphs for sampling; minutes of compiling"""
-
-    eval_samples: int = 500
-    """responses that measure the policy before and after PPO, to held-out prompts"""
-    play: str | None = None
-    """print a response of this saved policy (folder or run directory), of its length and temperature, and exit"""
-    prompt: str | None = None
-    """with play: a text, or a JSON list of messages"""
-
-    run_dir: str | None = None
-    """where the run is written; default runs/<task>__<script>__<seed>__<time>"""
-    resume: str | None = None
-    """run directory to continue from its last checkpoint; flags come from its config.json"""
-    checkpoint_interval: int = 10
-    """PPO iterations between checkpoints; the other stages make one every 100 steps"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the networks are; auto is cuda where there is one, else cpu"""
-    torch_threads: int = 1
-    """CPU threads per process"""
-
-    @property
-    def task(self) -> str:
-        """What the run directory and the summary call the task."""
-        return Path(self.dataset).stem if self.dataset else "reviews"
+    total_episodes: int = 4096  # length of PPO in responses
+    batch_size: int = 64  # responses per iteration
+    num_minibatches: int = 2  # per pass
+    micro_batch_size: int = 16  # responses that a model reads at once, parts of a minibatch
+    update_epochs: int = 2  # passes over each iteration's responses
+    learning_rate: float = 5e-4  # Adam's step size at the start; a pretrained model wants far less: 1e-6, LoRA 1e-5
+    anneal_lr: bool = True  # lower the learning rate linearly to 0
+    kl_coef: float = 0.07  # beta: what a nat of KL divergence from the reference costs
+    kl_estimator: Literal["k1", "k3"] = "k1"  # of this divergence: in the reward k1 is unbiased, k3 never negative
+    kl_target: float | None = None  # nats per response to which beta is adapted (Ziegler et al., section 2.2)
+    kl_horizon: int = 500  # episodes in which beta changes by a fifth, at most; Ziegler et al. take 10,000
+    missing_eos_penalty: float = 1.0  # taken off the score of a response that was cut off
+    whiten_rewards: bool = False  # scale the rewards of an iteration's tokens to a standard deviation of 1
+    critic: Literal["shared", "separate"] = "shared"  # a head on the policy's body, or a model of its own
+    gamma: float = 1.0  # discount factor per token
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    clip_coef: float = 0.2  # epsilon of the clipped objective, and of the clipped value loss
+    clip_vloss: bool = True  # clip the value loss
+    vf_coef: float = 0.1  # coefficient of the value loss
+    max_grad_norm: float = 1.0  # the gradient of all that is trained together is clipped to this norm
+    lora_rank: int = 0  # of adapters on a frozen body that all models share; 0: each model has all weights of its own
+    lora_alpha: float = 32.0  # what an adapter adds is multiplied by alpha / rank
+    bf16: bool = False  # compute in bfloat16; what is trained stays float32, the frozen body of LoRA is bfloat16
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
+    eval_samples: int = 500  # responses to held-out prompts, at most, by which policy and reference are compared
+    run_dir: str | None = None  # folder for all that the run leaves; default: runs/<task>__<script>__<seed>__<time>
+    resume: str | None = None  # run folder to go on from, with its flags unless given anew; before PPO a stage restarts
+    checkpoint_interval: int = 10  # iterations of PPO between checkpoints
+    play: str | None = None  # respond to --prompt with the policy of this run folder, with its flags unless given anew
+    prompt: str = "the soup was"  # play: a text, or a JSON list of messages
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the models are
 
 
-# --------------------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------------------------ models
 
 
 class Example(NamedTuple):
-    """A row as token ids. A response ends with the end token, unless it was cut off."""
+    """A prompt, and perhaps a response. A response ends with the end token, unless it was cut off."""
 
-    text: str  # of the prompt
-    prompt: list[int]
-    responses: list[list[int]]
+    prompt: str | list[dict]  # a text, or messages {"role", "content"}
+    text: str  # of the prompt, as a chat template makes it of messages
+    tokens: list[int]  # of the prompt
+    response: list[int]  # tokens, from the data or sampled; of a comparison those of the chosen one
+    rejected: list[int]  # tokens of the other one
     rating: float | None
+    columns: dict  # the row that all this is from, but for the prompt
 
 
-class Texts(NamedTuple):
-    """B prompts with their responses, padded to T tokens. The M tokens of all responses stand one after the other."""
+class Model:
+    """A transformer at work: policy, reference, reward model or critic. With LoRA they share a body, `lm`, and differ
+    in the adapter that is switched on. Reward model and critic use the scalar head, which says 0 at first."""
 
-    tokens: Tensor  # (B, T): prompts end, and responses begin, in the same column
-    mask: Tensor  # (B, T), false on padding
-    chosen: Tensor  # (M,) the tokens of the responses
-    before: Tensor  # (M,) index, among the B * T positions, of the token before each: what predicts it is read there
-    last: Tensor  # (B,) index of the last token of each response
+    def __init__(self, lm: transformers.PreTrainedModel, tokenizer: Tokenizer, args: Args, adapter: str | None = None):
+        self.lm, self.tokenizer, self.args, self.adapter = lm, tokenizer, args, adapter
+        self.pad_id, self.end_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        if args.lora_rank:  # what an adapter is
+            self.lora = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear")
+        self.head = nn.Linear(lm.config.hidden_size, 1, bias=False, device=args.device)
+        nn.init.zeros_(self.head.weight)
 
+    def branch(self, name: str, folder: Path | None = None) -> "Model":
+        """A model to train, a copy or (LoRA) an adapter, that starts as this one or as the reward model in a folder."""
+        args = self.args
+        if not args.lora_rank:
+            return load_model(folder, args, is_scalar=True) if folder else copy.deepcopy(self)
+        with warnings.catch_warnings(action="ignore"):  # it has an adapter already
+            if folder:
+                self.lm.load_adapter(str(folder), name)
+            else:
+                self.lm.add_adapter(self.lora, name)
+        model = Model(self.lm, self.tokenizer, args, name)
+        for weight in model.parameters():
+            weight.data = weight.data.float()  # what is trained is not rounded, whatever it sits on
+        if folder:
+            saved = peft.load_peft_weights(str(folder), args.device)
+            model.head.weight.data.copy_(saved["base_model.model.score.weight"])
+        return model
 
-def pad(prompts: list[list[int]], responses: list[list[int]], pad_id: int, device: torch.device) -> Texts:
-    """Pads prompts on the left and responses on the right. Both have at least one token each."""
-    context, length = max(map(len, prompts)), max(map(len, responses))
-    tokens = np.full((len(prompts), context + length), pad_id)
-    mask, is_response = np.zeros((2, *tokens.shape), bool)
-    for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        columns = slice(context - len(prompt), context + len(response))
-        tokens[row, columns], mask[row, columns] = prompt + response, True
-        is_response[row, context : context + len(response)] = True
-    where = np.flatnonzero(is_response)
-    last = where[np.cumsum([len(response) for response in responses]) - 1]
-    return Texts(*(torch.from_numpy(x).to(device) for x in (tokens, mask, tokens[is_response], where - 1, last)))
+    def parameters(self) -> list[nn.Parameter]:
+        """What training changes: the weights of the adapter, or all of them, and the head."""
+        weights = [p for name, p in self.lm.named_parameters() if not self.adapter or f".{self.adapter}." in name]
+        return [*weights, self.head.weight]
 
+    def pad(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
+        """Tokens (B, P + L), prompts padded on the left and responses on the right; and the responses' mask (B, L)."""
+        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_value=self.pad_id)
+        prompts = pad([torch.tensor(x.tokens) for x in examples], padding_side="left")  # (B, P)
+        responses = pad([torch.tensor(x.response, dtype=torch.long) for x in examples])  # (B, L)
+        tokens = torch.cat([prompts, responses], 1).to(self.args.device)
+        return tokens, tokens[:, prompts.shape[1] :] != self.pad_id
 
-def position_ids(mask: Tensor) -> Tensor:
-    """Positions (B, T) that count from 0 at the first token that the mask (B, T) shows; padding moves none of them."""
-    mask = mask.long()
-    return mask.cumsum(-1) - mask
+    def run(self, module: Callable, tokens: Tensor, **options):
+        """What `lm`, or a part of it, makes of tokens (B, T). Padding, on either side, moves no position."""
+        for layer in self.lm.modules():
+            if isinstance(layer, peft.tuners.lora.LoraLayer):
+                layer.enable_adapters(self.adapter is not None)
+                if self.adapter:
+                    layer.set_adapter(self.adapter)  # gradients reach this one alone from now on
+        mask = (tokens != self.pad_id).long()  # (B, T)
+        with torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.bf16):
+            return module(tokens, attention_mask=mask, position_ids=mask.cumsum(-1) - mask, **options)
 
+    def log_probs(self, examples: list[Example], temperature: float) -> tuple[Tensor, Tensor]:
+        """Of the tokens of responses: log-probs (B, L), and what the head says before each (B, L); 0 in padding."""
+        tokens, mask = self.pad(examples)  # (B, P + L), (B, L)
+        length = mask.shape[1]
+        output = self.run(self.lm, tokens, logits_to_keep=length + 1, output_hidden_states=True)
+        logits = output.logits[:, :-1].float() / temperature  # (B, L, V), each of the next token
+        logits[..., self.pad_id] = -1e9  # which is never sampled
+        log_probs = logits.log_softmax(-1).gather(-1, tokens[:, -length:, None]).squeeze(-1)  # (B, L)
+        hidden = output.hidden_states[-1][:, -length - 1 : -1]  # (B, L, H)
+        return log_probs.masked_fill(~mask, 0), self.head(hidden.float()).squeeze(-1).masked_fill(~mask, 0)
 
-class Body:
-    """The body of a causal language model: all of it but the head. LoRA adapters may sit on it; one of them is switched
-    on, or none."""
+    def values(self, examples: list[Example]) -> Tensor:
+        """What the head says (B, L + 1) before each token of responses and after the last."""
+        tokens, mask = self.pad(examples)  # (B, P + L), (B, L)
+        hidden = self.run(self.lm.base_model, tokens).last_hidden_state[:, -mask.shape[1] - 1 :]  # (B, L + 1, H)
+        return self.head(hidden.float()).squeeze(-1)
 
-    def __init__(self, lm: transformers.PreTrainedModel, args: Args):
-        """lm: a causal LM, or a sequence classifier made of one."""
-        self.lm, self.adapter = lm, None
-        self.forward = self.next = lm.base_model
-        if args.compile:
-            self.forward = self.next = torch.compile(lm.base_model, dynamic=True)
-            if lm.device.type == "cuda":
-                self.next = torch.compile(lm.base_model, mode="reduce-overhead")  # with CUDA graphs
-        self.autocast = partial(torch.autocast, lm.device.type, torch.bfloat16, enabled=args.bf16)
+    def scores(self, examples: list[Example]) -> Tensor:
+        """Scores (B,) of responses: what the head says after their last token."""
+        return self.values(examples)[range(len(examples)), [len(x.response) for x in examples]]
 
-    def add_adapter(self, name: str, args: Args) -> None:
-        """Adds an adapter of this name, which changes nothing yet, and switches it on."""
-        with warnings.catch_warnings(action="ignore"):  # one adapter is there already, another tells of Conv1D
-            self.lm.add_adapter(lora_config(self.lm, args), name)
-        for parameter, weight in self.lm.named_parameters():
-            if f".{name}." in parameter:
-                weight.data = weight.data.float()  # what is trained is not rounded, whatever it sits on
-        self.adapter = None  # PEFT has chosen the new one, but not switched on layers that were off
-        self.switch_to(name)
-
-    def switch_to(self, adapter: str | None) -> None:
-        """Switches one adapter on, or none. Of the adapters, PEFT lets gradients reach only that which is on."""
-        if adapter != self.adapter:
-            for layer in self.lm.modules():
-                if isinstance(layer, peft.tuners.lora.LoraLayer):
-                    layer.enable_adapters(adapter is not None)
-                    if adapter:
-                        layer.set_adapter(adapter)
-            self.adapter = adapter
-
-
-class Model(NamedTuple):
-    """One of the models of RLHF: a body, a head on its last hidden states, and with LoRA the adapter on the body."""
-
-    body: Body
-    head: nn.Module
-    adapter: str | None = None
-
-    def hidden_states(self, texts: Texts) -> Tensor:
-        """Last hidden states (B * T, d)."""
-        self.body.switch_to(self.adapter)
-        inputs = {"input_ids": texts.tokens, "attention_mask": texts.mask, "position_ids": position_ids(texts.mask)}
-        with self.body.autocast():
-            return self.body.forward(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-
-    def outputs(self, hidden: Tensor) -> Tensor:
-        """What a scalar head makes of hidden states (N, d): (N,), in float32."""
-        with self.body.autocast():
-            return self.head(hidden).squeeze(-1).float()
-
-    def log_probs(self, hidden: Tensor, temperature: float) -> Tensor:
-        """What an LM head makes of hidden states (N, d): log-probs of the vocabulary (N, V), in float32, of scores that
-        are divided by the temperature. Padding is no token to choose."""
-        with self.body.autocast():
-            logits = self.head(hidden)
-        logits[:, self.body.lm.config.pad_token_id] = -1e9
-        return (logits.float() / temperature).log_softmax(-1)
-
-    def scores(self, texts: Texts) -> Tensor:
-        """Scores (B,) of whole texts: what a scalar head reads at the last token of each response."""
-        return self.outputs(self.hidden_states(texts)[texts.last])
+    @torch.no_grad()
+    def generate(self, examples: list[Example], heat: float = 1.0) -> list[Example]:
+        """The examples with responses that are sampled at `heat` times the temperature."""
+        self.lm.eval()  # in training --gradient-checkpointing allows no cache
+        sampled = []
+        for part in split(examples, self.args.batch_size):
+            tokens, _ = self.pad([x._replace(response=[]) for x in part])  # (B, P)
+            texts = self.run(self.lm.generate, tokens, temperature=heat * self.args.temperature)  # (B, P + L)
+            for x, row in zip(part, texts[:, tokens.shape[1] :].tolist()):
+                sampled.append(x._replace(response=[token for token in row if token != self.pad_id]))
+        self.lm.train()
+        return sampled
 
 
-class Cache(transformers.StaticCache):
-    """Room for the keys and values of all tokens to come. Under autocast, keys are float32 and values are not."""
-
-    def update(self, keys: Tensor, values: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        """Keeps what is new, in the dtype of the values, and returns all that is kept."""
-        return super().update(keys.to(values.dtype), values, *args, **kwargs)
+# ------------------------------------------------------------------------------------- stages 1 and 2, before PPO
 
 
-@torch.no_grad()
-def generate(policy: Model, prompts: list[list[int]], length: int, temperature: float) -> list[list[int]]:
-    """Samples a response of up to length tokens to each of B prompts, all at once; each step feeds only the newest
-    token, and the last step is that in which the last response ends. Responses end with the end token or are cut off.
-    """
-    body, (pad_id, end_id) = policy.body, (policy.body.lm.config.pad_token_id, policy.body.lm.config.eos_token_id)
-    body.switch_to(policy.adapter)
-    texts = pad(prompts, [[pad_id] * length] * len(prompts), pad_id, body.lm.device)
-    context = texts.tokens.shape[1] - length
-    positions, cache = position_ids(texts.mask), Cache(body.lm.config, texts.tokens.shape[1])
-    tokens, start, responses = texts.tokens[:, :context], 0, []
-    ended = torch.zeros(len(prompts), 1, dtype=torch.bool, device=tokens.device)
-    for t in range(length):
-        inputs = {"input_ids": tokens, "position_ids": positions[:, start : context + t], "past_key_values": cache}
-        run = body.next if t else body.lm.base_model
-        with body.autocast():
-            hidden = run(**inputs, attention_mask=texts.mask, use_cache=True).last_hidden_state[:, -1]
-        tokens = torch.multinomial(policy.log_probs(hidden, temperature).exp(), 1)
-        start = context + t
-        responses.append(tokens)
-        ended |= tokens == end_id
-        if ended.all():
-            break
-    rows = torch.cat(responses, 1).tolist()
-    return [row[: row.index(end_id) + 1] if end_id in row else row for row in rows]
+def process() -> tuple[int, int]:
+    """Which of the processes that torchrun started this is, and how many they are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def lora_config(lm: transformers.PreTrainedModel, args: Args) -> peft.LoraConfig:
-    """What an adapter of the model looks like. Raises UserError for a layer that the model's body does not have."""
-    linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
-    layers = [
-        name for name, layer in lm.base_model.named_modules() if isinstance(layer, linear) and "lora_" not in name
-    ]
-    names = {name.removesuffix(".base_layer").rsplit(".", 1)[-1] for name in layers}
-    for target in args.lora_target_modules:
-        if target not in names:
-            raise UserError(f"--lora-target-modules {target}: the body's linear layers are {', '.join(sorted(names))}")
-    targets = sorted(args.lora_target_modules or names)
-    return peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets)
+def average_over_ranks(tensors: list[Tensor], weight: float) -> None:
+    """Replaces each tensor by its mean over all processes that torchrun started, in which this one has that weight."""
+    if dist.is_initialized():
+        weights = torch.ones(1, device=tensors[0].device)
+        vector = nn.utils.parameters_to_vector([*tensors, weights]) * weight
+        dist.all_reduce(vector)  # now the sum over all processes
+        nn.utils.vector_to_parameters(vector[:-1] / vector[-1], tensors)
 
 
-def scalar_model(policy: Model, name: str | None, args: Args) -> Model:
-    """A model with one number as its output, which is 0 at first. It starts as the policy's body and goes its own way,
-    with LoRA as an adapter of this name; without a name it shares all of the policy but the head."""
-    lm = policy.body.lm
-    head = nn.Linear(lm.config.hidden_size, 1, bias=False, device=lm.device)
-    nn.init.zeros_(head.weight)
-    if name is None:
-        return policy._replace(head=head)
-    if args.lora_rank:
-        policy.body.add_adapter(name, args)
-        return Model(policy.body, head, name)
-    return Model(Body(copy.deepcopy(lm.base_model), args), head)
+def optimizer_step(optimizer: torch.optim.Optimizer, count: int, args: Args) -> Tensor:
+    """A step along the mean gradient of count losses, of whose sum .grad is the gradient. Returns its norm."""
+    parameters = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+    for p in parameters:
+        p.grad /= count
+    average_over_ranks([p.grad for p in parameters], count)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+    if not grad_norm.isfinite():
+        raise FloatingPointError("the gradient is not finite: a learning rate is too large, or a score is not finite")
+    optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm
 
 
-def require_gradients(policy: Model, critic: Model) -> None:
-    """Lets gradients reach what PPO trains: both models, or with LoRA both adapters, where PEFT thinks of one."""
-    for model in (policy, critic):
-        for name, weight in model.body.lm.named_parameters():
-            weight.requires_grad_(not model.adapter or f".{policy.adapter}." in name or f".{critic.adapter}." in name)
-
-
-def copy_weights(source: Model, target: Model) -> bool:
-    """Gives the target the head, and the body or adapter, of the source, and says whether they are of one kind: if not,
-    nothing happens."""
-
-    def weights(model: Model) -> dict[str, Tensor]:
-        if model.adapter:
-            return peft.get_peft_model_state_dict(
-                model.body.lm, adapter_name=model.adapter, save_embedding_layers=False
-            )
-        return model.body.lm.base_model.state_dict()
-
-    ours, theirs = weights(target), weights(source)
-    if {name: x.shape for name, x in ours.items()} != {name: x.shape for name, x in theirs.items()}:
-        return False
-    for name, x in ours.items():
-        x.copy_(theirs[name])
-    target.head.weight.data.copy_(source.head.weight)
-    return True
-
-
-# ------------------------------------------------------------------------------------------------------------ algorithm
-
-
-def token_rewards(external: Tensor, kl: Tensor, mask: Tensor, kl_beta: float) -> Tensor:
-    """Reward (B, L) of each token: -beta times its KL estimate, and the external reward (B,) on the last token.
-
-    kl: (B, L). With k1, log pi - log pi_ref of the sampled tokens, its sum over a completion has the mean
-    KL(pi || pi_ref), so that the mean return is E[r] - beta KL (Ziegler et al. 2019, eq. 2)."""
-    rewards = -kl_beta * kl.masked_fill(~mask, 0)
-    last = mask.sum(-1, keepdim=True) - 1
-    return rewards.scatter_add(-1, last, external[:, None])
-
-
-def masked_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimates (B, L) (GAE paper eq. 16) of B responses of up to L tokens.
-
-    rewards, values: (B, L), values[:, t] before token t. mask: (B, L), true on the tokens of a response, which are its
-    first ones. The value after the last token is 0. What stands outside the mask counts for nothing; advantages there
-    are 0.
-    """
-    rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
-    next_values = functional.pad(values[:, 1:], (0, 1))
-    deltas = rewards + gamma * next_values - values  # (B, L)
-    advantages, following = torch.zeros_like(deltas), torch.zeros_like(deltas[:, 0])
-    for t in reversed(range(deltas.shape[1])):
-        following = deltas[:, t] + gamma * gae_lambda * following
-        advantages[:, t] = following
-    return advantages
-
-
-def whiten(x: Tensor, shift_mean: bool = True) -> Tensor:
-    """x (M,) divided by its std over all ranks, and its mean taken off or kept."""
-    (count,), (mean,), (std,) = global_moments([x])
-    whitened = (x - mean) / (std + 1e-8) if count > 1 else x - mean
-    return whitened if shift_mean else whitened + mean
-
-
-def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) per row (B,), PPO paper eq. 7. log_ratio: log pi - log pi_old."""
-    ratio = log_ratio.exp()
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
-
-
-def kl_estimates(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """k1 = -log r and k3 = (r - 1) - log r per row (B,): for actions from pi_old both have the mean KL(pi_old || pi);
-    k3 is never negative (http://joschu.net/blog/kl-approx.html)."""
-    return -log_ratio, log_ratio.exp() - 1 - log_ratio
-
-
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """Half the squared error per row (B,). With a clip_coef: the larger of that and of the error after the value is
-    clipped to old_values +- clip_coef (37 details, no. 9)."""
-    squared = (values - returns).square()
-    if clip_coef is not None:
-        clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-        squared = torch.max(squared, (clipped - returns).square())
-    return 0.5 * squared
-
-
-def categorical_entropy(log_probs: Tensor) -> Tensor:
-    """Entropy (B,) of log-probs (B, A), summed over components."""
-    return -(log_probs.exp() * log_probs).sum(-1)
-
-
-def adapted_kl_coef(kl_coef: float, kl: float, args: Args) -> float:
-    """The next beta where this iteration's responses are kl nats from the reference and should be kl_target (Ziegler et
-    al. 2019, §2.2)."""
-    error = min(max(kl / args.kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * args.batch_size / args.kl_horizon)
-
-
-def to_texts(model: Model, prompts: list[list[int]], responses: list[list[int]]) -> Texts:
-    """The texts as this model reads them."""
-    return pad(prompts, responses, model.body.lm.config.pad_token_id, model.body.lm.device)
+def fit(model: Model, losses: Callable, examples: list[Example], stage: str) -> None:
+    """Minimises the mean of the losses of examples with Adam, as the flags of the stage say: sft or reward."""
+    args, (rank, _) = model.args, process()
+    if args.resume and rank == 0:
+        print(f"the {stage} stage was not finished: it starts from its beginning")
+    steps, batch_size = getattr(args, f"{stage}_steps"), getattr(args, f"{stage}_batch_size")
+    optimizer = torch.optim.Adam(model.parameters(), eps=1e-5, fused=True)
+    progress = tqdm(range(steps), stage, disable=rank > 0)
+    for step in progress:
+        batch = in_order(examples, step * batch_size, batch_size, args.seed)
+        batch.sort(key=lambda x: len(x.response))  # for little padding
+        total, count = 0.0, 0
+        for part in split(batch, args.micro_batch_size):
+            part_losses = losses(model, part)
+            part_losses.sum().backward()
+            total += part_losses.sum().item()
+            count += len(part_losses)
+        optimizer.param_groups[0]["lr"] = getattr(args, f"{stage}_learning_rate") * (1 - step / steps)
+        optimizer_step(optimizer, count, args)
+        progress.set_postfix_str(f"loss {total / count:.3f}")
 
 
 def sft_losses(policy: Model, examples: list[Example]) -> Tensor:
-    """Negative log-probs (M,) of the tokens of the examples' first responses."""
-    texts = to_texts(policy, [example.prompt for example in examples], [example.responses[0] for example in examples])
-    hidden = policy.hidden_states(texts)[texts.before]
-    return -of_chosen(policy.log_probs(hidden, 1.0), texts.chosen)
+    """Negative log-probs (M,) of the tokens of responses."""
+    log_probs, _ = policy.log_probs(examples, temperature=1.0)  # (B, L)
+    return -log_probs[policy.pad(examples)[1]]
+
+
+def fine_tune(examples: list[Example], tokenizer: Tokenizer, folder: Path, args: Args) -> None:
+    """Stage 1: fits --model to the (chosen) responses, and leaves it in the folder."""
+    torch.manual_seed(args.seed)
+    policy = load_model(args.model, args, tokenizer)
+    if args.lora_rank and args.model != "embedded":  # which has yet to learn everything
+        policy.adapter = "sft"
+        adapted = peft.get_peft_model(policy.lm, policy.lora, policy.adapter)
+        fit(policy, sft_losses, examples, "sft")
+        policy.lm, policy.adapter = adapted.merge_and_unload(), None
+    else:
+        fit(policy, sft_losses, examples, "sft")
+    save_model(folder, policy)
 
 
 def reward_losses(model: Model, examples: list[Example]) -> Tensor:
-    """Losses (B,) of a reward model. Of comparisons: -log sigma(r_chosen - r_rejected) (Bradley-Terry; InstructGPT
-    eq. 1). Of ratings, standardised: half the squared error."""
-    count, prompts = len(examples), [example.prompt for example in examples]
+    """Losses (B,): half the squared error of ratings, or -log sigma(r_chosen - r_rejected) (InstructGPT, eq. 1)."""
+    scores = model.scores(examples)
     if examples[0].rating is not None:
-        scores = model.scores(to_texts(model, prompts, [example.responses[0] for example in examples]))
-        return 0.5 * (scores - scores.new_tensor([example.rating for example in examples])).square()
-    chosen, rejected = zip(*(example.responses for example in examples))
-    scores = model.scores(to_texts(model, 2 * prompts, [*chosen, *rejected]))
-    return -functional.logsigmoid(scores[:count] - scores[count:])
+        return 0.5 * (scores - scores.new_tensor([x.rating for x in examples])).square()
+    return -functional.logsigmoid(scores - model.scores([x._replace(response=x.rejected) for x in examples]))
 
 
-class Part(NamedTuple):
-    """A micro-batch of experience: texts, and what PPO knows of each of their M response tokens."""
-
-    texts: Texts
-    old_log_probs: Tensor  # (M,)
-    old_values: Tensor  # (M,)
-    advantages: Tensor  # (M,)
-    returns: Tensor  # (M,)
-
-
-def of_chosen(log_probs: Tensor, chosen: Tensor) -> Tensor:
-    """Log-probs (M,) of chosen tokens (M,), among those of the vocabulary (M, V)."""
-    return log_probs.gather(-1, chosen[:, None]).squeeze(-1)
-
-
-def score_tokens(
-    policy: Model, critic: Model, reference: Model, texts: Texts, args: Args
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each response token (M,): log-prob of the policy, value before it, log-prob of the reference, and entropy of
-    the distribution that it was drawn from. Log-probs and values come about just as in `add_gradient`."""
-    hidden = policy.hidden_states(texts)[texts.before]  # (M, d)
-    log_probs = policy.log_probs(hidden, args.temperature)  # (M, V)
-    chosen_log_probs, entropy = of_chosen(log_probs, texts.chosen), categorical_entropy(log_probs)
-    if args.critic == "separate":
-        hidden = critic.hidden_states(texts)[texts.before]
-    values = critic.outputs(hidden)
-    del log_probs  # before others of this size are made
-    log_probs = reference.log_probs(reference.hidden_states(texts)[texts.before], args.temperature)
-    return chosen_log_probs, values, of_chosen(log_probs, texts.chosen), entropy
-
-
-def add_gradient(policy: Model, critic: Model, part: Part, args: Args) -> dict[str, Tensor]:
-    """Adds the gradient of policy and value losses, summed over the tokens of a micro-batch, to that of the parameters.
-    Returns detached parts of the losses per token (M,). Sums and not means: divided by the number of all tokens, they
-    give the same gradient however the tokens are spread over micro-batches and ranks."""
-    hidden = policy.hidden_states(part.texts)[part.texts.before]  # (M, d)
-    log_ratio = of_chosen(policy.log_probs(hidden, args.temperature), part.texts.chosen) - part.old_log_probs
-    policy_losses = clipped_policy_loss(log_ratio, part.advantages, args.clip_coef)
-    loss = policy_losses.sum()
-    if args.critic == "separate":
-        loss.backward()  # before the critic's adapter is switched on, which stops gradients to the policy's
-        loss, hidden = 0.0, critic.hidden_states(part.texts)[part.texts.before]
-    values = critic.outputs(hidden)
-    value_losses = value_loss(values, part.old_values, part.returns, args.clip_coef if args.clip_vloss else None)
-    (loss + args.vf_coef * value_losses.sum()).backward()
-    parts = {"policy_loss": policy_losses, "value_loss": value_losses, "log_ratio": log_ratio}
-    parts["value_clipped"] = (values - part.old_values).abs() > args.clip_coef
-    return {name: x.detach() for name, x in parts.items()}
-
-
-def check_start(log_ratio: Tensor, kl: Tensor | None) -> str:
-    """Says how far ratio and KL divergence are from 1 and 0 where PPO starts. Raises FloatingPointError where that is
-    more than rounding explains, on any rank. log_ratio, kl: (M,) of the first minibatch, and of all tokens; None where
-    a resumed policy has left the reference."""
-    found = {"|ratio - 1|": log_ratio.exp() - 1} | ({} if kl is None else {"|log pi - log pi_ref|": kl})
-    worst = torch.stack([x.abs().max() for x in found.values()])
-    sum_over_ranks(worst)  # upper bounds of the largest
-    said = ", ".join(f"{name} <= {x:.1e}" for name, x in zip(found, worst.tolist()))
-    if not (worst <= 1e-6).all():
-        raise FloatingPointError(f"before the first step, {said}: a model has dropout or noise of its own")
-    return f"before the first step, {said}"
-
-
-def global_moments(parts: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count, mean and standard deviation (divisor n - 1) over all ranks of each of P vectors: three arrays (P,)."""
-    arrays = [part.numpy(force=True).astype(np.float64) for part in parts]
-    sums = np.array([(x.size, x.sum(), np.square(x).sum()) for x in arrays])
-    sum_over_ranks(torch.from_numpy(sums))
-    count, total, squares = sums.T
-    mean = total / np.maximum(count, 1)
-    return count, mean, np.sqrt(np.maximum(squares - total * mean, 0) / np.maximum(count - 1, 1))
-
-
-def flatten_parameters(*modules: nn.Module) -> nn.Parameter:
-    """Moves the trained parameters of all modules into one vector (P,) and their gradients into its .grad: each
-    parameter becomes a view. Clipping, Adam and the all-reduce then are one operation instead of one per parameter."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    sizes = [p.numel() for p in parameters]
-    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    for p, data, grad in zip(parameters, flat.data.split(sizes), flat.grad.split(sizes)):
-        p.data, p.grad = data.view_as(p), grad.view_as(p)
-    return flat
-
-
-# ------------------------------------------------------------------------------------------------------------- training
-
-
-def in_order(count: int, start: int, number: int, seed: int) -> list[int]:
-    """Indices of number of count rows, from the start-th on, where every epoch has all rows in an order of its own."""
-    epochs = range(start // count, (start + number - 1) // count + 1)
-    order = np.concatenate([np.random.default_rng((seed, epoch)).permutation(count) for epoch in epochs])
-    return order[start % count :][:number].tolist()
-
-
-def fit(
-    stage: str,
-    module: nn.Module,
-    losses: Callable[[list[Example]], Tensor],
-    examples: list[Example],
-    args: Args,
-    state: dict,
-    keep: Callable[[dict], None],
-) -> None:
-    """Minimises the mean of losses over the examples with Adam, as the flags of the stage say: "sft" or "reward".
-
-    state: of the checkpoint to go on from, if there is one. keep: what writes one. Raises FloatingPointError where the
-    loss is not finite."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    steps, batch_size = getattr(args, f"{stage}_steps"), getattr(args, f"{stage}_batch_size")
-    parameters = flatten_parameters(module.train())
-    optimizer = torch.optim.Adam([parameters], eps=1e-5, fused=True)
-    first_step = state.get("step", 0)
-    if state:
-        parameters.data.copy_(state["parameters"])
-        optimizer.load_state_dict(state["optimizer"])
-    progress = tqdm(total=steps, initial=first_step, unit="step", disable=None if rank == 0 else True)
-    for step in range(first_step, steps):
-        if step % FIT_CHECKPOINT_INTERVAL == 0:
-            state = {"stage": stage, "step": step}
-            keep(state | {"parameters": parameters.data, "optimizer": optimizer.state_dict()})
-        batch = [examples[i] for i in in_order(len(examples), step * batch_size, batch_size, args.seed)]
-        batch = sorted(batch[rank::world_size], key=lambda x: len(x.responses[0]))  # little padding that way
-        size = args.micro_batch_size or len(batch)
-        parameters.grad.zero_()
-        total = torch.zeros(2, device=parameters.device)  # sum and number of the losses
-        for i in range(0, len(batch), size):
-            part = losses(batch[i : i + size])
-            part.sum().backward()
-            total += torch.stack([part.detach().sum(), torch.ones_like(part).sum()])
-        sum_over_ranks(parameters.grad, total)
-        parameters.grad /= total[1]
-        parameters.grad.mul_((args.max_grad_norm / (parameters.grad.norm() + 1e-6)).clamp(max=1))
-        optimizer.param_groups[0]["lr"] = getattr(args, f"{stage}_learning_rate") * (1 - step / steps)
-        optimizer.step()
-        if not (total.isfinite().all() and parameters.isfinite().all()):
-            raise FloatingPointError(f"the loss of step {step + 1} of the {stage} stage is not finite")
-        if rank == 0:
-            show_progress(progress, step + 1, f"{stage} loss {total[0] / total[1]:.3f}")
-    progress.close()
-
-
-def fine_tune(lm: transformers.PreTrainedModel, examples: list[Example], args: Args, *checkpoint: object) -> Model:
-    """Stage 1: the model, fitted to the examples' responses by maximum likelihood. checkpoint: state, keep of `fit`."""
-    adapted = None
-    if args.lora_rank and args.model != "embedded":  # which has yet to learn everything, in all its weights
-        adapted = peft.get_peft_model(lm, lora_config(lm, args))
-    model = Model(Body(lm, args), lm.get_output_embeddings())
-    fit("sft", lm, partial(sft_losses, model), examples, args, *checkpoint)
-    return model._replace(body=Body(adapted.merge_and_unload(), args)) if adapted else model
-
-
-def train_reward_model(policy: Model, examples: list[Example], args: Args, *checkpoint: object) -> Model:
-    """Stage 2: a model with the policy's body, fitted to comparisons or ratings. checkpoint: as for `fine_tune`."""
-    model = scalar_model(policy, "reward", args)
-    nn.init.normal_(model.head.weight, std=1 / math.sqrt(model.head.in_features + 1))
-    module = nn.ModuleList([model.body.lm, model.head])
-    fit("reward", module, partial(reward_losses, model), examples, args, *checkpoint)
-    return model
-
-
-def train(args: Args) -> dict[str, float | str]:
-    """Trains a policy in three stages, saves it in args.run_dir and measures it. Returns the content of summary.json.
-
-    Sets the seed and thread counts of PyTorch and NumPy's thread count. Raises UserError, and FloatingPointError where
-    the loss is not finite, or ratio and KL divergence are not 1 and 0 where PPO starts."""
-    # Set-up. Flags describe the whole job: under torchrun, each of world_size ranks has its share of every batch. What
-    # the flags name is loaded before anything is written.
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    check_args(args, world_size)
-    check_batch_args(args, world_size)
-    run_dir = Path(args.resume or args.run_dir or default_run_dir(args))
-    state = load_saved(run_dir / "checkpoint.pt") if args.resume else {}
-    device = start_device(args, world_size, auto="cuda" if torch.cuda.is_available() else "cpu")
-    start, figures = time.perf_counter() - state.get("seconds", 0), state.get("figures", {})
-    tokenizer = None if args.model == "embedded" else load_tokenizer(args.model, "--model")
-    rows = load_rows(args, tokenizer)
-    tokenizer = tokenizer or make_tokenizer(rows)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"--model {args.model}: its tokenizer has no end-of-sequence token, set eos_token in it")
-    set_padding(tokenizer)
-    encoded = encode_rows(rows, tokenizer, args)
-    if rank == 0 and len(encoded) < len(rows):
-        print(f"{len(rows) - len(encoded)} of {len(rows)} rows are left out: empty or long prompts", file=sys.stderr)
-    examples, held_out = hold_out(encoded, args.seed)
-    check_examples(examples, args)
-    eval_prompts = list(itertools.islice(itertools.cycle(held_out), args.eval_samples))
-    micro_batch_size = args.micro_batch_size or args.batch_size // args.num_minibatches // world_size
-    stage = state.get("stage", "sft" if args.sft_steps else "reward")
-    after_sft = run_dir / "sft" if args.sft_steps else args.model
-
-    def load(source: str | Path) -> transformers.PreTrainedModel:
-        torch.manual_seed(args.seed)
-        return load_lm(source, tokenizer, args, device)
-
-    lm = load(args.model if stage == "sft" else after_sft)
-    if args.lora_rank:
-        lora_config(lm, args)
-    reward = load_reward(args, tokenizer, device)
-    if rank == 0 and not args.resume:
-        create_run(run_dir, args, world_size)
-
-    def keep(content: dict) -> None:
-        if rank == 0:
-            content = content | {"seconds": time.perf_counter() - start, "figures": figures}
-            write_atomically(run_dir / "checkpoint.pt", content)
-
-    def hand_over(name: str, model: Model) -> None:
-        if rank == 0:
-            save_model(run_dir / name, model, tokenizer)
-        sum_over_ranks(torch.zeros(1, device=device))  # nobody goes on before it is there
-
-    def sample(model: Model, prompts: list[Example], sample_seed: int, heat: float = 1.0) -> list[list[int]]:
-        torch.manual_seed(sample_seed)
-        limits, size = (args.response_length, args.temperature * heat), args.batch_size // world_size
-        parts = (prompts[i : i + size] for i in range(0, len(prompts), size))
-        return [response for part in parts for response in generate(model, [x.prompt for x in part], *limits)]
-
-    def read(prompts: list[Example], responses: list[list[int]]) -> list[str]:
-        return decode_responses([x.prompt for x in prompts], responses, tokenizer)
-
-    def score(prompts: list[Example], responses: list[list[int]]) -> Tensor:
-        if not isinstance(reward, Model):
-            return torch.tensor(reward([x.text for x in prompts], read(prompts, responses)), device=device)
-        parts = (slice(i, i + micro_batch_size) for i in range(0, len(prompts), micro_batch_size))
-        with torch.no_grad():
-            return torch.cat(
-                [reward.scores(to_texts(reward, [x.prompt for x in prompts[p]], responses[p])) for p in parts]
-            )
-
-    # Stage 1: supervised fine-tuning. A stage leaves a folder and the next one reads it, so that a resumed run finds
-    # what a run that was never stopped has.
-    seeds = derive_seeds(args.seed, 2**32 - 1, 3)  # of samples outside the loop
-    if stage == "sft":
-        hand_over("sft", fine_tune(lm, examples, args, state, keep))
-        stage, state, lm = "reward", {}, load(after_sft)
-
-    # Stage 2: a reward model, from ratings or comparisons.
-    if stage == "reward" and reward is None:
-        model = Model(Body(lm, args), lm.get_output_embeddings())
-        judged, unseen = examples, held_out
-        if args.dataset is None:
-            prompts = list(itertools.islice(itertools.cycle(examples), args.num_feedback))
-            # The hotter samples show the reward model what PPO may try: mistakes that the model rarely makes.
-            samples = sample(model, prompts, seeds[0]), sample(model, prompts, seeds[1], heat=1.5)
-            judged, unseen = hold_out(ask_people(prompts, *samples, read, args), args.seed)
-        model = train_reward_model(model, standardised(judged), args, state, keep)
-        figures |= ranking_accuracy(model, unseen[: args.eval_samples])
-        hand_over("reward_model", model)
-        lm = load(after_sft)
-
-    # Stage 3: PPO, with four models. Policy and reference start as the same; with LoRA they are one body, with an
-    # adapter and without. The critic says 0 at first or, where it is a model of its own, what the reward model says.
+def train_reward_model(source: str | Path, examples: list[Example], folder: Path, args: Args) -> None:
+    """Stage 2: fits a model that starts as the one in source to comparisons or ratings, and leaves it in the folder."""
     torch.manual_seed(args.seed)
-    reference = Model(Body(lm, args), lm.get_output_embeddings())
-    if args.lora_rank:
-        reference.body.add_adapter("policy", args)
-        policy = reference._replace(adapter="policy")
-    else:
-        lm = copy.deepcopy(lm)
-        policy = Model(Body(lm, args), lm.get_output_embeddings())
-    if reward is None:
-        reward = load_reward_model(run_dir / "reward_model", policy, args)
-    before = sample(reference, eval_prompts, seeds[2])
-    scores_before = score(eval_prompts, before)
-    mean, std = (0.0, 1.0) if args.reward_fn else (scores_before.mean().item(), scores_before.std().item() or 1.0)
-    critic = scalar_model(policy, "critic" if args.critic == "separate" else None, args)
-    if args.critic == "separate":
-        if isinstance(reward, Model) and copy_weights(reward, critic):
-            critic.head.weight.data /= std
-        elif rank == 0:
-            print("the critic starts from the policy, because the reward is not a model of its kind", file=sys.stderr)
-    require_gradients(policy, critic)
-    trained = nn.ModuleList([lm, critic.body.lm, critic.head])
-    parameters = flatten_parameters(trained)
-    optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=1e-5, fused=True)
-    iteration, global_step, kl_coef = 0, 0, args.kl_coef
-    if stage == "ppo":
-        iteration, global_step, kl_coef = (state[name] for name in ("iteration", "global_step", "kl_coef"))
-        parameters.data.copy_(state["parameters"])
-        optimizer.load_state_dict(state["optimizer"])
-    log = MetricsLog(run_dir, iteration, global_step) if rank == 0 else None
-    progress = tqdm(total=args.total_episodes, initial=global_step, unit="episode", disable=None if rank == 0 else True)
-    checked = False
-    ppo_start = time.perf_counter() - state.get("ppo_seconds", 0)
-    num_tokens = state.get("num_tokens", 0)
+    model = load_model(source, args)
+    if args.dataset is None:
+        examples = ask_people(model, examples, args)
+    if examples[0].rating is not None:  # mean 0 and standard deviation 1 are easy to learn
+        ratings = [x.rating for x in examples]
+        mean, std = np.mean(ratings), np.std(ratings) or 1.0
+        examples = [x._replace(rating=(x.rating - mean) / std) for x in examples]
+    model = model.branch("reward")
+    nn.init.normal_(model.head.weight, std=1 / math.sqrt(model.head.in_features + 1))
+    fit(model, reward_losses, examples, "reward")
+    save_model(folder, model, is_scalar=True)
 
-    def save_checkpoint() -> None:
-        log.sync()
-        content = {"stage": "ppo", "iteration": iteration, "global_step": global_step, "kl_coef": kl_coef}
-        content |= {"parameters": parameters.data, "optimizer": optimizer.state_dict()}
-        keep(content | {"ppo_seconds": time.perf_counter() - ppo_start, "num_tokens": num_tokens})
+
+# -------------------------------------------------------------------------------------------------------- stage 3, PPO
+
+
+def token_rewards(scores: Tensor, ref_kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Rewards (B, L) of tokens: the last one of a response earns the score (B,), and each pays for its KL estimate.
+    With log pi - log pi_ref (k1) as ref_kl, (B, L) and 0 outside the mask (B, L), the sum over a response has the mean
+    E[score] - kl_coef KL(pi || pi_ref) (Ziegler et al., eq. 2)."""
+    is_last = functional.one_hot(mask.sum(-1) - 1, mask.shape[1])  # (B, L)
+    return is_last * scores[:, None] - kl_coef * ref_kl
+
+
+def masked_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimates (B, L) (GAE paper, eq. 16), 0 outside the mask.
+
+    rewards: (B, L), of each token. values: (B, L), of the text before it. mask: (B, L), true on the tokens of a
+    response, which come first in their row. After the last one nothing can follow: the value there is 0.
+    """
+    next_values = functional.pad((values * mask)[:, 1:], (0, 1))  # (B, L)
+    deltas = (rewards + gamma * next_values - values) * mask  # TD errors
+    advantages, advantage = torch.zeros_like(deltas), 0.0
+    for t in reversed(range(deltas.shape[1])):
+        advantage = deltas[:, t] + gamma * gae_lambda * advantage
+        advantages[:, t] = advantage
+    return advantages
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the numbers x (M,) of all processes."""
+    mean = x.mean()
+    average_over_ranks([mean], len(x))
+    variance = (x - mean).square().mean()
+    average_over_ranks([variance], len(x))
+    return mean, variance.sqrt()
+
+
+class Batch(NamedTuple):
+    """A micro-batch of responses, and what policy and critic said of their tokens before the update."""
+
+    examples: list[Example]  # B prompts and responses
+    mask: Tensor  # (B, L), true on the M tokens of the responses
+    log_probs: Tensor  # (B, L)
+    values: Tensor  # (B, L), before each token
+    advantages: Tensor  # (B, L)
+    returns: Tensor  # (B, L), the targets of the critic
+
+
+@torch.no_grad()
+def rollout(
+    policy: Model, critic: Model, reference: Model, reward: "Reward", prompts: list[Example], kl_coef: float, args: Args
+) -> tuple[list[Batch], dict[str, Tensor]]:
+    """Responses to the prompts as micro-batches for the update, and metrics, which are means over the responses."""
+    # 1. Rollout. Sorted by length, responses need little padding in their micro-batches.
+    responses = sorted(policy.generate(prompts), key=lambda x: len(x.response))
+    has_ended = torch.tensor([x.response[-1] == policy.end_id for x in responses], device=args.device)  # (B,)
+    scores = reward(responses) - args.missing_eos_penalty * ~has_ended  # (B,)
+
+    # 2. Advantages. The models read micro-batches, each padded to the length of its own longest response.
+    lengths = torch.tensor([len(x.response) for x in responses], device=args.device)  # (B,)
+    mask = torch.arange(lengths.max(), device=args.device) < lengths[:, None]  # (B, L)
+    log_probs, ref_log_probs, values = torch.zeros(3, *mask.shape, device=args.device)  # (B, L) each
+    parts = []  # rows and columns of the micro-batches
+    for start in range(0, len(responses), args.micro_batch_size):
+        rows = slice(start, start + args.micro_batch_size)
+        part = rows, slice(0, lengths[rows].max())
+        log_probs[part], values[part] = policy.log_probs(responses[rows], args.temperature)
+        if args.critic == "separate":
+            values[part] = critic.values(responses[rows])[:, :-1]
+        ref_log_probs[part], _ = reference.log_probs(responses[rows], args.temperature)
+        parts.append(part)
+    ref_kl = log_probs - ref_log_probs  # (B, L), k1: 0 outside the mask; its mean is KL(pi || pi_ref)
+    kl = ref_kl.sum(-1)  # (B,), of responses
+    if args.kl_estimator == "k3":  # which has this mean, too
+        ref_kl += (-ref_kl).exp() - 1
+    rewards = token_rewards(scores, ref_kl, mask, kl_coef)  # (B, L)
+    metrics = {"objective/scores": scores.mean(), "objective/rlhf_reward": rewards.sum(-1).mean()}
+    if args.whiten_rewards:
+        mean, std = moments(rewards[mask])
+        rewards = ((rewards - mean) / (std + 1e-8) + mean) * mask
+    gae = masked_gae(rewards, values, mask, args.gamma, args.gae_lambda)  # (B, L)
+    returns = gae + values  # (B, L)
+    mean, std = moments(gae[mask])
+    advantages = (gae - mean) / (std + 1e-8)  # (B, L)
+    columns = mask, log_probs, values, advantages, returns
+    batches = [Batch(responses[part[0]], *(column[part] for column in columns)) for part in parts]
+
+    metrics |= {"objective/kl": kl.mean(), "objective/entropy": -log_probs.sum(-1).mean()}  # both estimated
+    metrics |= {"objective/eos_rate": has_ended.float().mean(), "objective/response_length": lengths.float().mean()}
+    metrics["val/explained_variance"] = 1 - (std / moments(returns[mask])[1]).square()  # as gae = returns - values
+    if args.dataset is None:
+        metrics["objective/gold"] = torch.tensor(gold_scores(responses, policy.tokenizer), device=args.device).mean()
+    average_over_ranks([*metrics.values()], len(responses))
+    return batches, metrics
+
+
+def approximate_kl(log_ratio: Tensor) -> Tensor:
+    """KL(old || new), in nats, estimated from log(new / old probability) (B,) of actions that the old policy took: the
+    mean of r - 1 - log r, which is unbiased and never negative (k3 of http://joschu.net/blog/kl-approx.html)."""
+    return (log_ratio.expm1() - log_ratio).mean()
+
+
+def ppo_loss(policy: Model, critic: Model, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a micro-batch, and figures for the log: sums over its tokens, to be divided by those of the minibatch."""
+    log_probs, values = policy.log_probs(batch.examples, args.temperature)  # (B, L) each
+    log_ratio = (log_probs - batch.log_probs)[batch.mask]  # (M,)
+    ratio = log_ratio.exp()  # new / old probability of the token
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    advantages = batch.advantages[batch.mask]
+    # The lesser (PPO paper, eq. 7): changes beyond the clip gain nothing, but may cost.
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).sum()
+    if args.critic == "separate":
+        policy_loss.backward()  # here, since the critic's pass switches the policy's adapter off, and needs the memory
+        policy_loss = policy_loss.detach()
+        values = critic.values(batch.examples)[:, :-1]  # (B, L)
+    squared_errors = (values - batch.returns).square()  # (B, L)
+    if args.clip_vloss:
+        clipped_values = batch.values + (values - batch.values).clamp(-args.clip_coef, args.clip_coef)
+        squared_errors = torch.max(squared_errors, (clipped_values - batch.returns).square())
+    value_loss = 0.5 * squared_errors[batch.mask].sum()
+    figures = {"loss/policy_avg": policy_loss, "loss/value_avg": value_loss}
+    figures |= {"policy/approxkl_avg": approximate_kl(log_ratio) * len(ratio), "val/ratio": ratio.sum()}
+    figures |= {"policy/clipfrac_avg": (ratio != clipped_ratio).sum(), "val/ratio_var": (ratio - 1).square().sum()}
+    loss = policy_loss + args.vf_coef * value_loss
+    return loss, {name: figure.detach() for name, figure in figures.items()}
+
+
+def update(policy: Model, critic: Model, batches: list[Batch], optimizer: torch.optim.Adam, args: Args) -> dict:
+    """Trains policy and critic. Returns the figures of ppo_loss, means over the tokens of all steps."""
+    # 3. Update: a step for each minibatch. Micro-batches stay as they are: padded otherwise, a first ratio were not 1
+    sums, total_count, grad_norms = {}, 0, []
+    for _ in range(args.update_epochs):
+        for minibatch in torch.randperm(len(batches)).chunk(args.num_minibatches):
+            count = sum(batches[i].mask.sum().item() for i in minibatch)
+            for i in minibatch:
+                loss, figures = ppo_loss(policy, critic, batches[i], args)
+                if not sums and not figures["val/ratio_var"] < 1e-12 * count:
+                    raise FloatingPointError("ratio is not 1 before the first step: a model has dropout or noise")
+                loss.backward()
+                for name, figure in figures.items():
+                    sums[name] = sums.get(name, 0) + figure
+            grad_norms.append(optimizer_step(optimizer, count, args))
+            total_count += count
+    means = {name: total / total_count for name, total in sums.items()}
+    average_over_ranks([*means.values()], total_count)
+    return means | {"loss/grad_norm": torch.stack(grad_norms).mean()}
+
+
+def train(args: Args, run_dir: Path) -> dict[str, float]:
+    """The three stages, of which 1 and 2 are skipped where their folder is there. Returns figures for the summary."""
+    start_time, (rank, _) = time.perf_counter(), process()
+    iteration, global_step, kl_coef, seconds = 0, 0, args.kl_coef, 0.0  # global_step counts responses
+    has_checkpoint = (run_dir / "checkpoint.pt").exists()
+    if has_checkpoint:
+        iteration, global_step, kl_coef, seconds = load(run_dir / "checkpoint.pt")["progress"]
+        start_time -= seconds
+    examples, tokenizer = load_examples(args)
+    examples, held_out = hold_out(examples, args.seed)
+    reward = Reward(tokenizer, args)
+    if rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        log = MetricsLog(run_dir, args, iteration, global_step)
+
+    # Stages 1 and 2. A folder appears when its stage is finished, and tells a resumed run to go on behind it.
+    source, reward_folder = args.model, run_dir / "reward_model"
+    is_adapter = args.lora_rank and Path(args.model, "adapter_config.json").exists()
+    if args.sft_steps or is_adapter:  # which 0 steps merge into the one body
+        source = run_dir / "sft"
+        if not source.exists():
+            fine_tune(examples, tokenizer, source, args)
+    if not (args.reward_model or args.reward_fn or reward_folder.exists()):
+        train_reward_model(source, examples, reward_folder, args)
+
+    # Stage 3, PPO. Policy and reference start as the same model.
+    reference = load_model(source, args)
+    torch.manual_seed(args.seed)
+    before = reference.generate(held_out[: args.eval_samples])  # what the policy is compared with
+    torch.manual_seed(args.seed)  # the same new weights in all processes
+    policy = reference.branch("policy")
+    critic = policy  # by its head
+    is_trained = reward_folder.exists()
+    if args.critic == "separate":  # it starts as the reward model, which knows what is worth how much, but says 0
+        critic = reference.branch("critic", reward_folder if is_trained else None)
+        nn.init.zeros_(critic.head.weight)
+    if is_trained:
+        reward.model = reference.branch("reward", reward_folder)
+    if not args.reward_fn:
+        scores = reward(before)
+        reward.mean, reward.std = scores.mean(), scores.std()
+    parameters = nn.ParameterList(dict.fromkeys([*policy.parameters(), *critic.parameters()]))  # each of them once
+    optimizer = torch.optim.Adam(parameters, eps=1e-5, fused=True)
+    if has_checkpoint:
+        load(run_dir / "checkpoint.pt", parameters=parameters, optimizer=optimizer)
+
+    def save_run() -> None:
+        save_model(run_dir / "policy", policy)
+        save_model(run_dir / "critic", critic, is_scalar=True)
+        if rank == 0:
+            states = {"parameters": parameters.state_dict(), "optimizer": optimizer.state_dict()}
+            save(run_dir / "checkpoint.pt", progress=(iteration, global_step, kl_coef, seconds), **states)
+
+    save_run()
+    bar = tqdm(total=args.total_episodes, initial=global_step, desc="PPO", disable=rank > 0)
 
     while global_step < args.total_episodes:
-        if iteration % args.checkpoint_interval == 0 and rank == 0:
-            save_checkpoint()
+        # All that is random comes from seed and iteration alone: a resumed run goes on as if it had never stopped.
+        torch.manual_seed(np.random.SeedSequence((args.seed, iteration)).generate_state(1).item() + rank)
+        prompts = in_order(examples, global_step, args.batch_size, args.seed)
+        batches, metrics = rollout(policy, critic, reference, reward, prompts, kl_coef, args)
+        annealing = 1 - global_step / args.total_episodes if args.anneal_lr else 1
+        optimizer.param_groups[0]["lr"] = annealing * args.learning_rate
+        metrics |= update(policy, critic, batches, optimizer, args)
 
-        # 1. Rollout: responses of the policy to this rank's share of the next prompts.
-        trained.eval()
-        indices = in_order(len(examples), global_step, args.batch_size, args.seed)
-        prompts = [examples[i] for i in indices[rank::world_size]]
-        (sample_seed,) = derive_seeds(args.seed, iteration, 1)
-        since = time.perf_counter()
-        responses = sample(policy, prompts, sample_seed + rank)
-        generation_seconds = time.perf_counter() - since
-        share, size = len(prompts) // args.num_minibatches, micro_batch_size  # of a minibatch, and of a part of it
-        order = sorted(range(len(prompts)), key=lambda i: (i // share, len(responses[i])))  # little padding that way
-        prompts, responses = [prompts[i] for i in order], [responses[i] for i in order]
-        scores = (score(prompts, responses) - mean) / std  # (B,)
-        has_ended = torch.tensor([response[-1] == tokenizer.eos_token_id for response in responses], device=device)
-        scores = scores - args.missing_eos_penalty * ~has_ended
-
-        # 2. Log-probs and values, in micro-batches that the update will meet again, then rewards and advantages. Those
-        # of all tokens stand one after the other, (M,), or in a grid of B responses by L tokens.
-        trained.train()  # as in the update; matters to --gradient-checkpointing alone
-        slices = [slice(i, i + size) for i in range(0, len(prompts), size)]
-        texts = [to_texts(policy, [x.prompt for x in prompts[rows]], responses[rows]) for rows in slices]
-        with torch.no_grad():
-            parts = [score_tokens(policy, critic, reference, text, args) for text in texts]
-        log_probs, values, ref_log_probs, entropy = (torch.cat(column) for column in zip(*parts))
-        lengths = torch.tensor([len(response) for response in responses], device=device)
-        mask = torch.arange(lengths.max().item(), device=device) < lengths[:, None]  # (B, L)
-
-        def grid(x: Tensor, mask: Tensor = mask) -> Tensor:
-            return x.new_zeros(mask.shape).masked_scatter(mask, x)
-
-        k1, k3 = kl_estimates(ref_log_probs - log_probs)
-        kl_estimate = grid(k1 if args.kl_estimator == "k1" else k3)  # (B, L)
-        rewards = token_rewards(scores, kl_estimate, mask, kl_coef)  # (B, L)
-        if args.whiten_rewards:
-            rewards = grid(whiten(rewards[mask], shift_mean=False))
-        advantages = masked_gae(rewards, grid(values), mask, args.gamma, args.gae_lambda)[mask]
-        returns = advantages + values
-        columns = log_probs, values, whiten(advantages), returns
-        counts = [len(text.chosen) for text in texts]
-        batch = [Part(text, *part) for text, *part in zip(texts, *(x.split(counts) for x in columns))]
-
-        # 3. Update: several epochs of minibatch steps.
-        annealed = 1 - global_step / args.total_episodes if args.anneal_lr else 1.0
-        optimizer.param_groups[0]["lr"] = args.learning_rate * annealed
-        all_parts, grad_norms, since = [], [], time.perf_counter()
-        for _ in range(args.update_epochs):
-            for i in torch.randperm(args.num_minibatches).tolist():
-                minibatch = batch[i * share // size : (i + 1) * share // size]
-                parameters.grad.zero_()
-                steps = [add_gradient(policy, critic, part, args) for part in minibatch]
-                if not checked:
-                    said = check_start(torch.cat([x["log_ratio"] for x in steps]), k1 if iteration == 0 else None)
-                    checked = True
-                    if rank == 0:
-                        progress.write(said)
-                count = torch.tensor(float(sum(len(part.returns) for part in minibatch)), device=device)
-                sum_over_ranks(parameters.grad, count)
-                parameters.grad /= count
-                grad_norms.append(parameters.grad.norm())
-                parameters.grad.mul_((args.max_grad_norm / (grad_norms[-1] + 1e-6)).clamp(max=1))
-                optimizer.step()
-                all_parts += steps
-        iteration += 1
-        global_step += args.batch_size
-
-        # 4. Metrics, under TRL's names where it has them: means over responses, over tokens, and of the losses over all
-        # steps of this iteration; over all ranks.
-        rows = {name: torch.cat([x[name] for x in all_parts]) for name in all_parts[0]}
-        ratio = rows["log_ratio"].exp()
-        kl_rewards = -kl_coef * kl_estimate.sum(-1)
-        columns = {
-            "objective/scores": scores,
-            "objective/kl": grid(k1).sum(-1),
-            "objective/entropy": -grid(log_probs).sum(-1),  # TRL's: an estimate, of whole responses
-            "objective/non_score_reward": kl_rewards,
-            "objective/rlhf_reward": scores + kl_rewards,
-            "objective/eos_rate": has_ended,
-            "objective/response_length": lengths,
-            "policy/entropy_avg": entropy,
-            "policy/approxkl_avg": kl_estimates(rows["log_ratio"])[1],
-            "policy/clipfrac_avg": (ratio - 1).abs() > args.clip_coef,
-            "loss/policy_avg": rows["policy_loss"],
-            "loss/value_avg": rows["value_loss"],
-            "val/clipfrac_avg": rows["value_clipped"],
-            "val/ratio": ratio,
-            "loss/grad_norm": torch.stack(grad_norms),
-        }
-        if args.dataset is None:
-            columns["objective/gold"] = gold_scores(prompts, read(prompts, responses))
-        sizes, means, stds = global_moments([returns, returns - values, ratio, *columns.values()])
-        logged = dict(zip(columns, means[3:].tolist()))
-        if not (np.isfinite(means).all() and parameters.isfinite().all()):
-            raise FloatingPointError(f"the loss of iteration {iteration} is not finite")
-        num_tokens += int(sizes[0])
-        update_seconds = time.perf_counter() - since
-        seconds = time.perf_counter() - ppo_start
-        row = {
-            "iteration": iteration,
-            "global_step": global_step,
-            **logged,
-            "objective/kl_coef": kl_coef,
-            "val/ratio_var": stds[2].item() ** 2,
-            "val/explained_variance": 1 - (stds[1] / stds[0]).item() ** 2 if stds[0] else math.nan,
-            "val/num_eos_tokens": round(logged["objective/eos_rate"] * args.batch_size),
-            "lr": args.learning_rate * annealed,
-            "time/seconds": seconds,
-            "time/episodes_per_second": global_step / seconds,
-            "time/tokens_per_second": num_tokens / seconds,
-            "time/generation_tokens_per_second": int(sizes[0]) / generation_seconds,
-            "time/update_tokens_per_second": args.update_epochs * int(sizes[0]) / update_seconds,
-        }
-        if args.kl_target:
-            kl_coef = adapted_kl_coef(kl_coef, logged["objective/kl"], args)
+        # 4. Metrics, under TRL's names where it has them.
+        iteration, global_step = iteration + 1, global_step + args.batch_size
+        seconds = time.perf_counter() - start_time
+        row = {"global_step": global_step, "lr": annealing * args.learning_rate, "objective/kl_coef": kl_coef}
+        row |= {name: metric.item() for name, metric in metrics.items()} | {"time/seconds": seconds}
+        if args.kl_target:  # Ziegler et al., section 2.2
+            error = min(max(row["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
+            kl_coef *= 1 + error * args.batch_size / args.kl_horizon
+        bar.update(args.batch_size)
+        bar.set_postfix_str(f"score {row['objective/scores']:.2f}, KL {row['objective/kl']:.2f}")
         if rank == 0:
             log.write(row)
-            text = f"score {logged['objective/scores']:.2f}, KL {logged['objective/kl']:.2f}"
-            show_progress(progress, global_step, f"{text}, {global_step / seconds:.0f} episodes/s")
+        if iteration % args.checkpoint_interval == 0:
+            save_run()
 
-    # What was learned is saved and measured, beside what the reference says to the same prompts.
-    ppo_seconds = time.perf_counter() - ppo_start
-    progress.close()
-    leave_ranks()
+    bar.close()
+    save_run()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if rank > 0:
         return {}
-    save_checkpoint()
-    save_model(run_dir / "policy", policy, tokenizer)
-    save_model(run_dir / "critic", critic, tokenizer)
-    trained.eval()
-    after = sample(policy, eval_prompts, seeds[2])
-    kl = 0.0
-    for i in range(0, len(after), micro_batch_size):
-        texts = to_texts(
-            policy, [x.prompt for x in eval_prompts[i : i + micro_batch_size]], after[i : i + micro_batch_size]
-        )
-        with torch.no_grad():
-            log_probs, _, ref_log_probs, _ = score_tokens(policy, critic, reference, texts, args)
+    log.csv.close()
+    log.writer.close()
+    return {"global_step": global_step, "seconds": seconds} | evaluate(policy, reference, reward, before, run_dir)
+
+
+@torch.no_grad()
+def evaluate(policy: Model, reference: Model, reward: "Reward", before: list[Example], run_dir: Path) -> dict:
+    """Compares responses of the policy and the reference to the same prompts. Returns figures for the summary."""
+    args = policy.args
+    torch.manual_seed(args.seed)
+    after, kl = policy.generate(before), 0.0
+    for part in split(after, args.micro_batch_size):
+        log_probs, _ = policy.log_probs(part, args.temperature)  # (B, L)
+        ref_log_probs, _ = reference.log_probs(part, args.temperature)  # (B, L)
         kl += (log_probs - ref_log_probs).sum().item() / len(after)
-    samples = {when: read(eval_prompts, x) for when, x in (("before", before), ("after", after))}
-    scores = {"before": (scores_before - mean) / std, "after": (score(eval_prompts, after) - mean) / std}
-    wanted = scores  # what decides which of two responses is better: the gold score, where there is one
-    if args.dataset is None:
-        wanted = {when: gold_scores(eval_prompts, texts) for when, texts in samples.items()}
-        figures |= {f"gold_{when}": x.mean().item() for when, x in wanted.items()}
-    gain = wanted["after"] - wanted["before"]
-    win_rate = ((gain > 0).double() + (gain == 0).double() / 2).mean().item()
-    low, high = wilson_interval(win_rate, len(gain))
-    for when, responses in (("before", before), ("after", after)):
-        figures[f"score_{when}"] = scores[when].mean().item()
-        figures[f"eos_rate_{when}"] = np.mean([x[-1] == tokenizer.eos_token_id for x in responses]).item()
-    seconds = time.perf_counter() - start
-    summary = {"script": SCRIPT, "task": args.task, "seed": args.seed, "global_step": global_step}
-    summary |= {"seconds": seconds, "ppo_seconds": ppo_seconds, "steps_per_second": global_step / ppo_seconds}
-    summary |= {"episodes_per_second": global_step / ppo_seconds, "tokens_per_second": num_tokens / ppo_seconds}
-    summary |= {"win_rate": win_rate, "win_rate_low": low, "win_rate_high": high, "kl": kl} | figures
-    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    table = as_table(eval_prompts, samples, wanted)
-    write_atomically(run_dir / "samples.md", table)
-    log.events.add_text("samples", table, global_step)
-    log.close()
-    draw_frontier(run_dir)
-    for x, *answers in list(zip(eval_prompts, samples["before"], samples["after"]))[:3]:
-        print(x.text, *(f"  {when}: {text.strip()}" for when, text in zip(("before", "after"), answers)), sep="\n")
-    by = "gold score" if args.dataset is None else "score"
-    print(
-        f"{args.task}: win rate {win_rate:.1%} by {by} (95 % interval {low:.1%} to {high:.1%}), "
-        f"KL {kl:.2f} nats per response, after {global_step:,} episodes in {ppo_seconds:.1f} of {seconds:.1f} s; "
-        f"saved in {run_dir}"
-    )
-    return summary
+    samples = {"prompt": [x.text for x in before]}
+    for when, examples in (("before", before), ("after", after)):
+        samples |= {when: decode(examples, policy.tokenizer), f"score_{when}": reward(examples).tolist()}
+        samples[f"eos_rate_{when}"] = [x.response[-1] == policy.end_id for x in examples]
+        if args.dataset is None:
+            samples[f"gold_{when}"] = gold_scores(examples, policy.tokenizer)
+    (run_dir / "samples.json").write_text(json.dumps(samples, indent=1) + "\n")
+    judge = "score" if args.dataset else "gold"
+    gains = np.subtract(samples[f"{judge}_after"], samples[f"{judge}_before"])
+    win_rate = (np.sign(gains).mean() + 1) / 2  # a draw is half a win
+    for name in ("prompt", "before", "after"):
+        print(f"{name}:", *samples[name][:3], sep="\n  ")
+    print(f"win rate {win_rate:.1%} by {judge}, KL {kl:.2f} nats per response")
+    return {"win_rate": win_rate, "kl": kl} | {name: np.mean(x) for name, x in samples.items() if "_" in name}
 
 
-# --------------------------------------------------------------------------------------------------- the policy at work
+# ------------------------------------------------------------------------------------------------------ reward and data
 
 
-class Policy:
-    """The trained language model at work: it responds to prompts."""
+class Reward:
+    """What PPO maximises: scores of responses by --reward-fn, --reward-model, or the reward model of stage 2."""
 
-    def __init__(self, lm: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, args: Args):
-        """args: response_length, temperature, and how to compute."""
-        self.model, self.tokenizer, self.args = Model(Body(lm, args), lm.get_output_embeddings()), tokenizer, args
+    def __init__(self, tokenizer: Tokenizer, args: Args):
+        self.tokenizer, self.args = tokenizer, args  # of the policy
+        self.mean, self.std = 0.0, 1.0  # of scores of the reference; train sets them
+        self.reads_text = args.reward_model is not None
+        if args.reward_fn:
+            path, _, name = args.reward_fn.rpartition(":")
+            with user_error_in(f"--reward-fn {args.reward_fn} is no FILE.py:NAME of a function"):
+                self.function = runpy.run_path(path)[name]
+        if args.reward_model:
+            self.model = load_model(args.reward_model, args, is_scalar=True)
+            own = self.model.tokenizer
+            own.truncation_side = "left"  # where the prompt is
+            same_tokens = hasattr(self.model.lm, "score") and own.get_vocab() == tokenizer.get_vocab()
+            self.reads_text = not same_tokens or own.model_max_length < args.max_prompt_length + args.response_length
 
-    def respond(self, prompts: list[str | list[dict]]) -> list[str]:
-        """Responses to prompts, texts or lists of messages, sampled with PyTorch's seed. Raises ValueError."""
-        rows = [parse_row({"prompt": prompt}, self.tokenizer) for prompt in prompts]
-        encoded = [encode_prompt(row.prompt, self.tokenizer) for row in rows]
-        responses = generate(self.model, encoded, self.args.response_length, self.args.temperature)
-        return decode_responses(encoded, responses, self.tokenizer)
+    @torch.no_grad()
+    def __call__(self, examples: list[Example]) -> Tensor:
+        """Scores (B,). Those of models are on a scale on which the reference's have mean 0 and standard deviation 1."""
+        if self.args.reward_fn:
+            return self.call_function(examples)
+        score = self.score_texts if self.reads_text else self.model.scores
+        scores = torch.cat([score(part) for part in split(examples, self.args.micro_batch_size)])
+        return (scores - self.mean) / self.std
 
+    def call_function(self, examples: list[Example]) -> Tensor:
+        """Scores (B,) by --reward-fn, which gets prompts, responses and, if it takes more, the rows' other columns."""
+        names = examples[0].columns if len(inspect.signature(self.function).parameters) > 2 else ()
+        columns = {name: [x.columns[name] for x in examples] for name in names}
+        scores = self.function([x.prompt for x in examples], decode(examples, self.tokenizer), **columns)
+        scores = torch.tensor([float(score) for score in scores], device=self.args.device)
+        if len(scores) != len(examples) or not scores.isfinite().all():
+            found = f"{len(scores)} scores for {len(examples)} responses, or one is not finite"
+            raise UserError(f"--reward-fn {self.args.reward_fn} returned {found}")
+        return scores
 
-def load_policy(path: str | Path, device: str | torch.device = "cpu") -> Policy:
-    """The policy in a folder that this script wrote, or in the run directory that holds one. Raises UserError."""
-    folder = Path(path, "policy") if Path(path, "policy").is_dir() else Path(path)
-    with user_error_in(f"{folder} holds no policy of {SCRIPT}.py"):
-        limits = transformers.GenerationConfig.from_pretrained(folder)
-        wanted = {"response_length": limits.max_new_tokens, "temperature": limits.temperature}
-        args = Args(model=str(folder), max_prompt_length=1, **wanted)
-    tokenizer = load_tokenizer(args.model, "--play")
-    return Policy(load_lm(args.model, tokenizer, args, torch.device(device)), tokenizer, args)
-
-
-def play(args: Args) -> None:
-    """Prints a response of the saved policy args.play to args.prompt."""
-    check_args(args, world_size=1)
-    if not args.prompt:
-        raise UserError('--play needs a text to respond to: --prompt "..."')
-    device = start_device(args, world_size=1, auto="cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_policy(args.play, device)
-    with user_error_in(f"--prompt {args.prompt}"):
-        prompt = json.loads(args.prompt) if args.prompt.startswith("[") else args.prompt
-        torch.manual_seed(args.seed)
-        (response,) = policy.respond([prompt])
-    print(prompt + response if isinstance(prompt, str) else response)
-
-
-def gold_scores(prompts: list[Example], responses: list[str]) -> Tensor:
-    """Gold scores (B,) of reviews."""
-    return torch.tensor([gold_score(x.text + text) for x, text in zip(prompts, responses)])
-
-
-def wilson_interval(rate: float, count: int) -> tuple[float, float]:
-    """95 % confidence interval of a probability, from the rate seen in count trials (Wilson 1927)."""
-    z = 1.96
-    centre = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    def score_texts(self, examples: list[Example]) -> Tensor:
+        """Scores (B,) by a model whose tokens are not the policy's."""
+        own, answers = self.model.tokenizer, decode(examples, self.tokenizer)
+        texts = [x.text + answer for x, answer in zip(examples, answers)]
+        is_chat = own.chat_template is not None and not isinstance(examples[0].prompt, str)
+        if is_chat:
+            chats = [[*x.prompt, {"role": "assistant", "content": answer}] for x, answer in zip(examples, answers)]
+            texts = own.apply_chat_template(chats, tokenize=False)
+        inputs = own(texts, padding=True, truncation=True, add_special_tokens=not is_chat, return_tensors="pt")
+        with torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.bf16):
+            return self.model.lm(**inputs.to(self.args.device)).logits[:, 0].float()
 
 
-def as_table(prompts: list[Example], samples: dict[str, list[str]], wanted: dict[str, Tensor]) -> str:
-    """The first prompts with the responses before and after PPO and what these are worth, as a table in Markdown."""
-    lines = ["| prompt | before | | after | |", "| --- | --- | ---: | --- | ---: |"]
-    for i, prompt in enumerate(prompts[:30]):
-        cells = [prompt.text]
-        for when in ("before", "after"):
-            cells += [samples[when][i], f"{wanted[when][i]:.1f}"]
-        lines.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+def split(items: list, size: int) -> list[list]:
+    """The items in parts of this size."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-# ------------------------------------------------------------------------------------------------------ made-up reviews
-
-
-# fmt: off
-DISHES = (
-    "soup", "pasta", "pizza", "salad", "steak", "fish", "curry", "bread", "coffee", "dessert", "burger", "rice", "wine",
-    "cake", "tea", "chicken",
-)
-OTHERS = ("waiter", "chef", "host", "service", "room", "music", "table", "terrace", "menu", "kitchen")
-GOOD = (
-    "delicious", "excellent", "lovely", "wonderful", "perfect", "great", "superb", "charming", "fresh", "splendid",
-    "pleasant", "amazing",
-)
-BAD = (
-    "awful", "terrible", "bland", "cold", "stale", "poor", "dreadful", "disappointing", "horrible", "dull", "dirty",
-    "sad",
-)
-PLAIN = ("ordinary", "average", "small", "big", "usual", "plain")
-# fmt: on
-ADVERBS = ("very", "really", "quite", "so", "rather")
-OPENINGS = ("", "", "", "last night", "on friday", "on our first visit", "as always", "to be honest")
-ASIDES = (
-    "we sat by the window",
-    "we came with friends",
-    "it was a busy evening",
-    "we paid in cash",
-    "i had read about the place",
-    "there was a long line",
-)
-NUM_REVIEWS = 5000
-ENDINGS = {
-    1: ("i will come back", "we loved it", "five stars"),
-    0: ("that is all", "we paid and left"),
-    -1: ("never again", "i want my money back", "one star"),
-}
-
-
-def write_review(rng: random.Random) -> str:
-    """A review: statements about the dishes and the place, most of them of one mind, with an ending that fits. Now and
-    then it repeats or contradicts itself, or does not come to an end soon."""
-    mind = rng.choices((1, 0, -1), (1, 2, 2))[0]  # what the guest thinks
-    things = rng.sample(DISHES + OTHERS, 12)
-    review = rng.choice(OPENINGS).split()
-    for i in range(rng.choice((1, 2, 2, 3, 3, 3, 4, 4, 5, 6))):
-        if i:
-            review.append(rng.choice((".", ".", "and", "but")))
-            if rng.random() < 0.15:
-                things[i] = things[i - 1]  # says more about the same
-        if rng.random() < 0.15:
-            review += rng.choice(ASIDES).split()
-            continue
-        sign = rng.choices((mind, 0, -mind or rng.choice((1, -1))), (70, 15, 15))[0]
-        adjective = rng.choice({1: GOOD, 0: PLAIN, -1: BAD}[sign])
-        adverb = [rng.choice(ADVERBS)] if rng.random() < 0.4 else []
-        review += ["the", things[i], "was", *adverb, adjective]
-    return " ".join([*review, ".", *rng.choice(ENDINGS[mind]).split(), "."])
-
-
-def gold_score(review: str) -> float:
-    """What people want of a review, hidden from all that is trained: each word of praise or blame counts 1 or -1, a
-    praising or blaming ending 1 more. Off go 1 for each noun or adjective said before, 1 for each thing that is both
-    praised and blamed, 0.2 for each word beyond 30, and 3 where the last sentence has no end."""
-    words = review.split()
-    said = Counter(word for word in words if word in DISHES + OTHERS + GOOD + BAD + PLAIN)
-    opinions: dict[str, set[int]] = {}  # of each thing
-    sentiment, thing = 0, ""
-    for word in words:
-        if word in DISHES + OTHERS:
-            thing = word
-        elif word in GOOD + BAD:
-            sign = 1 if word in GOOD else -1
-            sentiment += sign
-            opinions.setdefault(thing, set()).add(sign)
-    for sign, endings in ENDINGS.items():
-        sentiment += sign * any(ending in review for ending in endings)
-    repetition = sum(count - 1 for count in said.values())
-    contradiction = sum(len(signs) == 2 for signs in opinions.values())
-    unfinished = words[-1:] != ["."]
-    return sentiment - repetition - contradiction - 0.2 * max(0, len(words) - 30) - 3 * unfinished
-
-
-def ask_people(
-    prompts: list[Example], first: list[list[int]], second: list[list[int]], read: Callable, args: Args
-) -> list[Example]:
-    """What simulated people say of samples of the model: which of two responses they like better, or how they rate
-    each from 1 to 10. They have the gold score in mind, and err."""
-    rng = random.Random(args.seed)
-    judged = []
-    for x, a, b, gold_a, gold_b in zip(
-        prompts, first, second, *(gold_scores(prompts, read(prompts, y)) for y in (first, second))
-    ):
-        if args.feedback == "ratings":
-            for response, gold in ((a, gold_a), (b, gold_b)):
-                rating = min(max(round(rng.gauss(7 + 0.7 * gold.item(), 1)), 1), 10)
-                judged.append(x._replace(responses=[response], rating=rating))
-        else:
-            likes_first = rng.random() < 1 / (1 + math.exp((gold_b - gold_a) / 0.5))  # Bradley-Terry
-            judged.append(x._replace(responses=[a, b] if likes_first else [b, a]))
-    return judged
-
-
-# ----------------------------------------------------------------------------------------------------------------- data
-
-
-class Row(NamedTuple):
-    """A row of data as text: a prompt, the response to it or the chosen before the rejected one, and the rating."""
-
-    prompt: str
-    responses: tuple[str, ...] = ()
-    rating: float | None = None
-
-
-def parse_row(row: object, tokenizer: transformers.PreTrainedTokenizerBase | None) -> Row:
-    """The row of a data set: {"prompt"}, alone or with "response", with "response" and "rating", or with "chosen" and
-    "rejected"; or {"messages"}. Prompt and responses are texts or lists of messages {"role", "content"}, and the
-    tokenizer's chat template makes the prompt's a text. Other keys do not matter. Raises ValueError."""
-    if not isinstance(row, dict):
-        raise ValueError("it is no object")
-    for messages in row.values():
-        if isinstance(messages, list) and not all(
-            isinstance(x, dict) and {"role", "content"} <= x.keys() for x in messages
-        ):
-            raise ValueError('its messages need "role" and "content"')
-    if "messages" in row and "prompt" not in row:
-        is_answered = row["messages"] and row["messages"][-1]["role"] == "assistant"
-        split = len(row["messages"]) - bool(is_answered)
-        row = {"prompt": row["messages"][:split]} | ({"response": row["messages"][split:]} if is_answered else {})
-    prompt, names = row.get("prompt"), [name for name in ("response", "chosen", "rejected") if name in row]
-    if prompt is None or names not in ([], ["response"], ["chosen", "rejected"]):
-        raise ValueError('it needs "prompt", and may have "response" with a "rating", or "chosen" and "rejected"')
-    if isinstance(prompt, list):
-        if tokenizer is None or tokenizer.chat_template is None:
-            raise ValueError("its prompt is a list of messages, and the tokenizer of --model has no chat template")
-        prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    responses = []
-    for name in names:
-        is_message = isinstance(row[name], list) and len(row[name]) == 1
-        responses.append(row[name][0]["content"] if is_message else row[name])
-    if not all(isinstance(text, str) for text in (prompt, *responses)):
-        raise ValueError(
-            f"{' and '.join(['prompt', *names])} must be texts, or lists of messages with one response each"
-        )
-    rating = row.get("rating") if names == ["response"] else None
-    if isinstance(rating, bool) or not isinstance(rating, int | float | None) or not math.isfinite(rating or 0):
-        raise ValueError(f"its rating {rating!r} is no number")
-    return Row(prompt, tuple(responses), rating)
-
-
-def load_rows(args: Args, tokenizer: transformers.PreTrainedTokenizerBase | None) -> list[Row]:
-    """The rows of --dataset, or made-up reviews, of which the first 2 to 6 words are the prompt. Raises UserError."""
-    if args.dataset is None:
-        rng, rows = random.Random(args.seed), []
-        for _ in range(NUM_REVIEWS):
-            words = write_review(rng).split()
-            length = rng.randint(2, 6)
-            rows.append(Row(" ".join(words[:length]), (" ".join(words[length:]),)))
-        return rows
-    if args.dataset.endswith(".jsonl"):
-        with user_error_in(f"--dataset {args.dataset}"):
-            lines = Path(args.dataset).read_text(encoding="utf-8").split("\n")
-        numbered = (
-            (f"{args.dataset}, line {i}", partial(json.loads, line)) for i, line in enumerate(lines, 1) if line.strip()
-        )
-    else:
-        if find_spec("datasets") is None:
-            raise UserError(
-                f"--dataset {args.dataset}: give a .jsonl file, or for a hub data set: pip install datasets"
-            )
-        with user_error_in(f"--dataset {args.dataset}"):
-            found = import_module("datasets").load_dataset(args.dataset, split=args.dataset_split)
-        numbered = ((f"--dataset {args.dataset}, row {i}", partial(found.__getitem__, i)) for i in range(len(found)))
-    rows = []
-    for where, read in numbered:
-        with user_error_in(where):
-            rows.append(parse_row(read(), tokenizer))
-            forms = [(len(row.responses), row.rating is None) for row in (rows[0], rows[-1])]
-            if forms[0] != forms[1]:
-                raise ValueError("it has not the form of the rows before")
-    if not rows:
-        raise UserError(f"--dataset {args.dataset} has no rows")
-    return rows
-
-
-def encode_prompt(text: str, tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt, to which a chat template may have given its start token already."""
-    is_started = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return tokenizer.encode(text, add_special_tokens=not is_started)
-
-
-def decode_responses(
-    prompts: list[list[int]], responses: list[list[int]], tokenizer: transformers.PreTrainedTokenizerBase
-) -> list[str]:
-    """Responses as texts that can follow those of the prompts: what is between the two, such as a space, is theirs."""
-    starts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    both = [prompt + response for prompt, response in zip(prompts, responses)]
-    return [text[len(start) :] for start, text in zip(starts, tokenizer.batch_decode(both, skip_special_tokens=True))]
-
-
-def encode_rows(rows: list[Row], tokenizer: transformers.PreTrainedTokenizerBase, args: Args) -> list[Example]:
-    """The rows as token ids, without those whose prompt is empty or too long. Raises UserError where none is left."""
-    examples = []
-    for row in rows:
-        prompt = encode_prompt(row.prompt, tokenizer)
-        responses = [tokenizer.encode(text, add_special_tokens=False) for text in row.responses]
-        responses = [[*tokens, tokenizer.eos_token_id][: args.response_length] for tokens in responses]
-        if 0 < len(prompt) <= args.max_prompt_length:
-            examples.append(Example(row.prompt, prompt, responses, row.rating))
-    if not examples:
-        raise UserError(f"no row of --dataset {args.dataset} has a prompt of 1 to --max-prompt-length tokens")
-    return examples
+def in_order(examples: list[Example], start: int, number: int, seed: int) -> list[Example]:
+    """This process's share of the next examples, from the start-th on. Every epoch has all of them in its own order."""
+    count, (rank, world_size) = len(examples), process()
+    epochs = range(start // count, (start + number - 1) // count + 1)
+    order = np.concatenate([np.random.default_rng((seed, epoch)).permutation(count) for epoch in epochs])
+    return [examples[i] for i in order[start % count :][:number][rank::world_size]]
 
 
 def hold_out(examples: list[Example], seed: int) -> tuple[list[Example], list[Example]]:
-    """The examples in an order of their own, without a tenth of them, and that tenth; fewer than ten serve as both."""
-    order = np.random.default_rng(seed).permutation(len(examples))
-    count = len(examples) // 10
-    shuffled = [examples[i] for i in order]
-    return (shuffled[count:], shuffled[:count]) if count else (shuffled, shuffled)
+    """The examples without those of a tenth of the prompts, and those; fewer than ten prompts serve as both."""
+    prompts = sorted({x.text for x in examples})
+    unseen = set(random.Random(seed).sample(prompts, len(prompts) // 10))
+    return [x for x in examples if x.text not in unseen], [x for x in examples if x.text in unseen] or examples
 
 
-def standardised(examples: list[Example]) -> list[Example]:
-    """The examples with ratings of mean 0 and std 1, if they are rated."""
-    if examples[0].rating is None:
-        return examples
-    ratings = np.array([x.rating for x in examples])
-    return [x._replace(rating=rating) for x, rating in zip(examples, (ratings - ratings.mean()) / (ratings.std() or 1))]
-
-
-def ranking_accuracy(model: Model, examples: list[Example]) -> dict[str, float]:
-    """How often a reward model ranks responses as people did, as "reward_accuracy": the chosen one above the rejected
-    one, or of neighbours that are rated differently the better above the other. Empty where there are none."""
-    with torch.no_grad():
-        scores = [model.scores(to_texts(model, [x.prompt] * len(x.responses), x.responses)) for x in examples]
-    if examples[0].rating is None:
-        ranked = [(chosen > rejected).item() for chosen, rejected in scores]
+def parse_row(row: dict) -> tuple[str | list[dict], list[str], float | None]:
+    """Prompt, responses (none, one, or chosen and rejected) and rating of a row. It has a prompt and a response (TRL:
+    completion), perhaps with a rating; prompt, chosen and rejected, or these two alone, which begin with the prompt
+    (Anthropic HH, UltraFeedback); messages; or a prompt alone. Each is a text or a list of messages."""
+    row = {name: value for name, value in row.items() if value is not None}  # None is what `datasets` fills up with
+    if "chosen" in row or "rejected" in row:
+        answers = [row["chosen"], row["rejected"]]
     else:
-        pairs = itertools.pairwise(zip((x.rating for x in examples), torch.cat(scores).tolist()))
-        ranked = [(a > b) == (score_a > score_b) for (a, score_a), (b, score_b) in pairs if a != b]
-    return {"reward_accuracy": np.mean(ranked).item()} if ranked else {}
+        answers = [row[name] for name in ("response", "completion", "messages") if name in row][:1]
+    prompt, rating = row.get("prompt"), row.get("rating") if len(answers) == 1 else None
+    if answers and isinstance(answers[0], list):  # of messages, of which the last one is the response
+        if len(answers) == 1 and answers[0][-1]["role"] == "user":  # they want a response
+            return answers[0], [], None
+        starts = [messages[:-1] for messages in answers]
+        if any(messages[-1]["role"] != "assistant" for messages in answers) or starts[0] != starts[-1]:
+            raise ValueError("its messages do not end with the assistant's, or differ before that")
+        prompt, answers = starts[0] or prompt, [messages[-1]["content"] for messages in answers]
+    elif prompt is None and len(answers) == 2:  # whole dialogues as text
+        prompt, turn = os.path.commonprefix(answers), "\n\nAssistant:"  # noqa: RUF071
+        if turn in prompt:
+            prompt = prompt[: prompt.rindex(turn) + len(turn)]
+        answers = [answer[len(prompt) :] for answer in answers]
+    if not prompt or not isinstance(prompt, str | list) or not all(isinstance(text, str) for text in answers):
+        raise ValueError("it has no prompt, or a response that is no text")
+    if rating is not None and not math.isfinite(rating):
+        raise ValueError(f"its rating is {rating}")
+    return prompt, answers, rating
 
 
-# --------------------------------------------------------------------------------------------------- loading and saving
+def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """Text and tokens of a prompt, of which a list of messages wants a tokenizer with a chat template."""
+    if isinstance(prompt, str):
+        return prompt, tokenizer.encode(prompt)
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return text, tokenizer.encode(text, add_special_tokens=False)  # the template has them already
 
 
-EMBEDDED_SIZES = {  # sizes of the small model
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": True,
-}
+def decode(examples: list[Example], tokenizer: Tokenizer) -> list[str]:
+    """Responses as texts that can follow the prompts: what is between the two, such as a space, is theirs."""
+    text = partial(tokenizer.decode, skip_special_tokens=True)
+    return [text(x.tokens + x.response)[len(text(x.tokens)) :] for x in examples]
 
 
-def make_tokenizer(rows: list[Row]) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the words and punctuation marks of the rows, the 30,000 most frequent of them."""
+def load_examples(args: Args) -> tuple[list[Example], Tokenizer]:
+    """The data as examples of one form, and the tokenizer of --model. Raises UserError."""
+    if args.dataset is None:
+        rng = random.Random(args.seed)
+        rows = [write_review(rng) for _ in range(NUM_REVIEWS)]
+    else:
+        path = Path(args.dataset).resolve()
+        source = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": args.dataset}
+        datasets.logging.set_verbosity(logging.CRITICAL)  # it would report what is raised here
+        with user_error_in(f"--dataset {args.dataset} cannot be loaded"):
+            rows = [*datasets.load_dataset(**source, split=args.dataset_split)]
+    if args.model == "embedded":
+        tokenizer = make_tokenizer([text for row in rows for text in row.values() if isinstance(text, str)])
+    else:
+        tokenizer = load_tokenizer(args.model)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {args.model}: its tokenizer has no end token for responses; set its eos_token")
+    examples, forms = [], set()
+    for number, row in enumerate(rows):
+        with user_error_in(f"row {number} of --dataset {args.dataset}, where the first is row 0"):
+            prompt, answers, rating = parse_row(row)
+            text, tokens = encode_prompt(prompt, tokenizer)
+            forms.add((len(answers), rating is None))
+            if len(forms) > 1:
+                raise ValueError("it has another form than those before it")
+        responses = [[*tokenizer.encode(x, add_special_tokens=False), tokenizer.eos_token_id] for x in answers]
+        response, rejected, *_ = [*(x[: args.response_length] for x in responses), [], []]
+        columns = {name: value for name, value in row.items() if name != "prompt"}
+        if 0 < len(tokens) <= args.max_prompt_length:
+            examples.append(Example(prompt, text, tokens, response, rejected, rating, columns))
+    if process()[0] == 0 and len(examples) < len(rows):
+        print(f"{len(rows) - len(examples)} of {len(rows)} rows are left out, by the length of their prompts")
+    if not examples:
+        raise UserError(f"--dataset {args.dataset} has no row with a prompt of 1 to --max-prompt-length tokens")
+    is_judged = len(answers) == 2 or rating is not None or args.reward_model or args.reward_fn or args.dataset is None
+    if not is_judged or (args.sft_steps and not answers):
+        raise UserError(f"--dataset {args.dataset} lacks responses (--sft-steps 0) or judgements (give a --reward-fn)")
+    return examples, tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------- models and files
+
+
+def make_tokenizer(texts: list[str]) -> Tokenizer:
+    """A tokenizer whose tokens are the words and punctuation marks of the texts, the 30,000 most frequent of them."""
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="[UNK]"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    special = ["[PAD]", "[EOS]", "[UNK]"]
-    trainer = tokenizers.trainers.WordLevelTrainer(vocab_size=30_000, special_tokens=special, show_progress=False)
-    words.train_from_iterator((text for row in rows for text in (row.prompt, *row.responses)), trainer)
-    names = {"pad_token": "[PAD]", "eos_token": "[EOS]", "unk_token": "[UNK]"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names)
+    special = {"pad_token": "[PAD]", "eos_token": "[EOS]", "unk_token": "[UNK]"}
+    words.train_from_iterator(texts, tokenizers.trainers.WordLevelTrainer(special_tokens=[*special.values()]))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
-def load_tokenizer(source: str, flag: str) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of a hub id or folder. Raises UserError."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would report each of its attempts
-    with user_error_in(f"{flag} {source} has no tokenizer that can be loaded"):
-        config = Path(source, "tokenizer_config.json")
-        declared = json.loads(config.read_text()).get("tokenizer_class") if config.exists() else None
-        if declared in ("TokenizersBackend", "PreTrainedTokenizerFast"):  # AutoTokenizer goes by the kind of the model
-            return transformers.PreTrainedTokenizerFast.from_pretrained(source)
-        return transformers.AutoTokenizer.from_pretrained(source)
-
-
-def set_padding(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    """Gives the tokenizer a padding token of its own, if it has none or pads with the end token, which has to be told
-    from padding."""
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """The tokenizer of a hub id or folder, with a padding token that is not the end token. Raises UserError."""
+    with user_error_in(f"the tokenizer of {name} cannot be loaded"):
+        # As it was saved: AutoTokenizer goes by the model, and makes a Qwen2's of whatever lies beside a Qwen2.
+        is_file = Path(name, "tokenizer.json").exists()
+        auto_class = transformers.PreTrainedTokenizerFast if is_file else transformers.AutoTokenizer
+        tokenizer = auto_class.from_pretrained(name)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    return tokenizer
 
 
-def load_hf(auto_class: type, source: str | Path, flag: str, args: Args, **config: int) -> transformers.PreTrainedModel:
-    """A model of one of transformers' Auto classes, from the hub, a folder, or the folder of a LoRA adapter; without
-    dropout. config: of its settings, those that are to be others. Raises UserError."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would report each of its attempts
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # it would report what is raised here
-    if Path(source).is_dir():
-        transformers.utils.logging.disable_progress_bar()  # a download shows one
-    adapter = Path(source, "adapter_config.json")
-    with user_error_in(f"{flag} {source} cannot be loaded"), warnings.catch_warnings(action="ignore"):
-        base = source
-        if adapter.exists():
-            sibling = adapter.parent.parent / "sft"  # what an adapter of this script sits on, if it was trained here
-            base = sibling if sibling.exists() else json.loads(adapter.read_text())["base_model_name_or_path"]
-        settings = transformers.AutoConfig.from_pretrained(base, **config)
-        settings.update({name: 0.0 for name in settings.to_dict() if "drop" in name})
-        dtype = torch.bfloat16 if args.bf16 and args.lora_rank else torch.float32
-        kwargs = {"config": settings, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-        model, info = auto_class.from_pretrained(base, **kwargs)
-        missing = info["missing_keys"]
-        if adapter.exists():
-            adapted = peft.PeftModel.from_pretrained(model, source)
-            in_file = set(load_file(adapter.with_name(ADAPTER)))
-            lacking = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - in_file
-            missing = (missing | lacking) - {name.removeprefix("base_model.model.") for name in in_file}
-            model = adapted.merge_and_unload()
-        if missing:
-            raise ValueError(f"its files lack {len(missing)} weights, such as {min(missing)}")
+def load_model(name: str | Path, args: Args, tokenizer: Tokenizer | None = None, is_scalar: bool = False) -> Model:
+    """A causal LM or a classifier with one label, from the hub, a folder or that of an adapter. Raises UserError."""
+    auto_class = Classifier if is_scalar else transformers.AutoModelForCausalLM
+    tokenizer = tokenizer or load_tokenizer(name)
+    adapter = Path(name, "adapter_config.json")
+    if name == "embedded":
+        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+        config = transformers.LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, num_labels=1, **sizes)
+        lm = auto_class.from_config(config)
+    else:
+        with user_error_in(f"the model {name} cannot be loaded"):
+            base = name
+            if adapter.exists():  # trained on what is beside it, if that is there: a run folder may have been moved
+                sft = adapter.parent.parent / "sft"
+                base = sft if sft.exists() else peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+            config = transformers.AutoConfig.from_pretrained(base, num_labels=1)
+            config.update({key: 0.0 for key in config.to_dict() if "drop" in key})
+            dtype = torch.bfloat16 if args.bf16 and args.lora_rank else torch.float32
+            options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}  # others are pickles
+            lm, info = auto_class.from_pretrained(base, config=config, **options)
+            if info["missing_keys"] and not adapter.exists():
+                raise ValueError(f"it lacks weights of a {type(lm).__name__}: {min(info['missing_keys'])}")
+    positions = getattr(lm.config, "max_position_embeddings", math.inf)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    if not is_scalar and args.max_prompt_length + args.response_length > positions:
+        raise UserError(f"--max-prompt-length and --response-length exceed the {positions} positions of {name}")
+    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
+        lm.resize_token_embeddings(len(tokenizer))
+    if adapter.exists():
+        lm = peft.PeftModel.from_pretrained(lm, name).merge_and_unload()
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    lm.config.update(special | {"use_cache": False})
+    limits = {"max_new_tokens": args.response_length, "temperature": args.temperature, "top_k": 0, "do_sample": True}
+    lm.generation_config = transformers.GenerationConfig(suppress_tokens=[tokenizer.pad_token_id], **special, **limits)
+    if args.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    model = Model(lm.to(args.device).train(), tokenizer, args)
+    if hasattr(lm, "score"):
+        model.head = lm.score.float()
     return model
 
 
-def load_lm(
-    model: str | Path, tokenizer: transformers.PreTrainedTokenizerBase, args: Args, device: torch.device
-) -> transformers.PreTrainedModel:
-    """A causal LM with rows for all tokens of its tokenizer, that does what this script takes for granted: a new small
-    one, with weights from PyTorch's seed, or one from the hub or a folder. Raises UserError."""
-    if model == "embedded":
-        config = transformers.AutoConfig.for_model("qwen2", vocab_size=len(tokenizer), **EMBEDDED_SIZES)
-        lm = transformers.AutoModelForCausalLM.from_config(config)
-    else:
-        lm = load_hf(transformers.AutoModelForCausalLM, model, "--model", args)
-    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
-        lm.resize_token_embeddings(len(tokenizer))
-    pad_id, end_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    lm.config.pad_token_id, lm.config.eos_token_id = pad_id, end_id
-    lm.generation_config = transformers.GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        temperature=args.temperature,
-        max_new_tokens=args.response_length,
-        pad_token_id=pad_id,
-        eos_token_id=end_id,
-        suppress_tokens=[pad_id],
-    )
-    longest = getattr(lm.config, "max_position_embeddings", math.inf)
-    if args.max_prompt_length + args.response_length > longest:
-        raise UserError(f"--max-prompt-length and --response-length add up to more than {model}'s {longest} positions")
-    tokens = torch.arange(4)[None]
-    with torch.no_grad():
-        own = lm.get_output_embeddings()(lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
-        whole, first = (lm(input_ids=x, use_cache=False).logits for x in (tokens, tokens[:, :3]))
-    if not torch.allclose(own, whole, rtol=0.01, atol=0.01):
-        raise UserError(f"--model {model}: its scores are more than a linear layer on its body, which they have to be")
-    if not torch.allclose(first, whole[:, :3], rtol=0.1, atol=0.1):
-        raise UserError(f"--model {model} is not causal: a token sees those that follow")
-    if args.gradient_checkpointing:
-        with warnings.catch_warnings(action="ignore"):  # of a new name, which older versions do not know
-            lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return lm.to(device)
-
-
-Score = Callable[[list[str], list[str]], list[float]]  # prompts, responses -> scores
-
-
-def load_reward(
-    args: Args, tokenizer: transformers.PreTrainedTokenizerBase, device: torch.device
-) -> Model | Score | None:
-    """The reward that --reward-model or --reward-fn names, if one does. A model that has this tokenizer's tokens reads
-    them as they are, any other reads the text. Raises UserError."""
-    if args.reward_fn:
-        return load_reward_fn(args.reward_fn)
-    if args.reward_model is None:
-        return None
-    source, flag = args.reward_model, "--reward-model"
-    classifier = load_hf(transformers.AutoModelForSequenceClassification, source, flag, args, num_labels=1).to(device)
-    own = load_tokenizer(source, flag)
-    set_padding(own)
-    if len(own) > classifier.get_input_embeddings().num_embeddings:
-        classifier.resize_token_embeddings(len(own))
-    if own.get_vocab() == tokenizer.get_vocab() and hasattr(classifier, "score"):
-        classifier.config.pad_token_id = tokenizer.pad_token_id
-        return Model(Body(classifier, args), classifier.score)
-    classifier.config.pad_token_id = own.pad_token_id
-    body, size = Body(classifier, args), args.micro_batch_size or args.batch_size
-
-    @torch.no_grad()
-    def score(prompts: list[str], responses: list[str]) -> list[float]:
-        texts = [prompt + response for prompt, response in zip(prompts, responses)]
-        parts = (texts[i : i + size] for i in range(0, len(texts), size))
-        inputs = (own(part, padding=True, truncation=True, return_tensors="pt").to(device) for part in parts)
-        with body.autocast():
-            return [score for part in inputs for score in classifier(**part).logits[:, 0].tolist()]
-
-    return score
-
-
-def load_reward_fn(flag: str) -> Score:
-    """The function in a Python file that --reward-fn FILE.py:NAME names. Raises UserError."""
-    path, _, name = flag.rpartition(":")
-    with user_error_in(f"--reward-fn {flag} (give FILE.py:NAME)"):
-        spec = spec_from_file_location(Path(path).stem, path)
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        function = getattr(module, name)
-
-    def score(prompts: list[str], responses: list[str]) -> list[float]:
-        with user_error_in(f"--reward-fn {flag}"):
-            scores = [float(score) for score in function(prompts, responses)]
-            if len(scores) != len(responses) or not np.isfinite(scores).all():
-                raise ValueError(f"gave {len(scores)} scores for {len(responses)} responses, or some not finite")
-        return scores
-
-    return score
-
-
-def load_reward_model(folder: Path, policy: Model, args: Args) -> Model:
-    """The reward model that the second stage left in a folder."""
-    if not args.lora_rank:
-        classifier = load_hf(transformers.AutoModelForSequenceClassification, folder, "--resume", args)
-        classifier = classifier.to(policy.body.lm.device)
-        return Model(Body(classifier, args), classifier.score)
-    reward = scalar_model(policy, "reward", args)
-    state = {name.removeprefix("base_model.model."): x for name, x in load_file(folder / ADAPTER).items()}
-    reward.head.weight.data.copy_(state.pop("score.weight"))
-    peft.set_peft_model_state_dict(policy.body.lm, state, "reward")
-    return reward
-
-
-def save_model(folder: Path, model: Model, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    """Writes a model as a folder that transformers loads, or PEFT where it has an adapter: a causal LM, or a sequence
-    classifier with one label where the head is scalar. The folder appears when it is whole."""
-    part, lm = folder.with_name(folder.name + ".part"), model.body.lm
-    is_scalar = model.head.weight.shape[0] == 1
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    transformers.utils.logging.disable_progress_bar()
-    if model.adapter:
-        state = peft.get_peft_model_state_dict(lm, adapter_name=model.adapter, save_embedding_layers=False)
-        config = copy.deepcopy(lm.peft_config[model.adapter])
-        config.inference_mode, config.task_type = True, "SEQ_CLS" if is_scalar else "CAUSAL_LM"
-        if is_scalar:
-            state["score.weight"] = model.head.weight
-            config.modules_to_save = ["score"]
-        config.save_pretrained(part)
-        save_file({f"base_model.model.{name}": x.detach().clone() for name, x in state.items()}, part / ADAPTER)
-    else:
-        state = lm.state_dict()
-        if is_scalar:
-            config = copy.deepcopy(lm.config)
-            config.num_labels = 1
-            prefix = lm.base_model_prefix
-            state = {f"{prefix}.{name}": x for name, x in lm.base_model.state_dict().items()}
-            state["score.weight"] = model.head.weight
-            with torch.device("meta"):
-                lm = transformers.AutoModelForSequenceClassification.from_config(config)
-        lm.save_pretrained(part, state_dict={name: x.detach().clone() for name, x in state.items()})
-    if not is_scalar:
-        lm.generation_config.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
-
-
-# ---------------------------------------------------------------------------------------------------------- run-keeping
-
-SCRIPT = "ppo_rlhf_token"
-FORMAT = 1  # of checkpoint.pt: raised whenever what it holds changes
-FIT_CHECKPOINT_INTERVAL = 100  # steps
-LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "numpy", "datasets")  # whose versions config.json tells
-ADAPTER = "adapter_model.safetensors"  # PEFT's name
-# What check_args demands of the values of flags.
-LIMITS = {
-    "at least 1": (
-        "max_prompt_length response_length sft_batch_size num_feedback reward_steps reward_batch_size total_episodes"
-        " batch_size num_minibatches micro_batch_size update_epochs kl_horizon checkpoint_interval",
-        lambda x: x >= 1,
-    ),
-    "at least 2": ("eval_samples", lambda x: x >= 2),
-    "between 1 and 1024": ("torch_threads", lambda x: 1 <= x <= 1024),
-    "above 0": (
-        "temperature sft_learning_rate reward_learning_rate learning_rate kl_target clip_coef max_grad_norm lora_alpha",
-        lambda x: 0 < x < math.inf,
-    ),
-    "between 0 and 2**32 - 1": (
-        "seed sft_steps kl_coef missing_eos_penalty vf_coef lora_rank",
-        lambda x: 0 <= x < 2**32,
-    ),
-    "between 0 and 1": ("gamma gae_lambda", lambda x: 0 <= x <= 1),
-}
+def save_model(folder: Path, model: Model, is_scalar: bool = False) -> None:
+    """Saves a model for transformers, or its adapter for PEFT, as a causal LM or (is_scalar) a classifier."""
+    if process()[0] == 0:
+        part, lm = folder.with_name(folder.name + ".part"), model.lm
+        if model.adapter:
+            config = copy.copy(lm.peft_config[model.adapter])
+            weights = peft.get_peft_model_state_dict(lm, adapter_name=model.adapter, save_embedding_layers=False)
+            config.task_type = "CAUSAL_LM"
+            if is_scalar:
+                config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
+                weights["score.weight"] = model.head.weight
+            config.save_pretrained(part)
+            save_file({f"base_model.model.{key}": x for key, x in weights.items()}, part / "adapter_model.safetensors")
+        elif is_scalar:
+            with torch.device("meta"):  # without weights of its own
+                classifier = Classifier.from_config(lm.config)
+            setattr(classifier, classifier.base_model_prefix, lm.base_model)
+            classifier.score = model.head
+            classifier.save_pretrained(part)
+        else:
+            lm.save_pretrained(part)
+        model.tokenizer.save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)  # it appears when it is whole
+    if dist.is_initialized():
+        dist.barrier()
 
 
 class UserError(Exception):
-    """A mistake in what the user gave; its text names the flag or file and the mend."""
-
-
-def check_args(args: Args, world_size: int) -> None:
-    """Raises UserError for a flag whose value cannot work."""
-    for limit, (names, holds) in LIMITS.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not holds(value):
-                raise UserError(f"--{name.replace('_', '-')} must be {limit}, not {value}")
-    if args.resume:
-        saved = saved_args(args.resume)
-        for name in (field.name for field in fields(Args) if field.name != "run_dir"):
-            if getattr(args, name) != getattr(saved, name):
-                raise UserError(f"--{name.replace('_', '-')} contradicts the run in {args.resume}: leave it out")
-    if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
-        raise UserError(f"--device {args.device} is not available to this PyTorch: use cpu")
-    if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", "0")) >= torch.cuda.device_count():
-        raise UserError("--device cuda needs a GPU per process: lower torchrun's --nproc-per-node")
-    if args.device == "mps" and world_size > 1:
-        raise UserError("--device mps works with a single process: use cpu")
-
-
-def check_batch_args(args: Args, world_size: int) -> None:
-    """Raises UserError for flags about stages and batches that do not fit together."""
-    if args.reward_model and args.reward_fn:
-        raise UserError("--reward-model contradicts --reward-fn: leave one out")
-    per_minibatch = args.num_minibatches * (args.micro_batch_size or 1) * world_size
-    if args.batch_size % per_minibatch:
-        product = "--num-minibatches times --micro-batch-size times processes"
-        raise UserError(f"--batch-size {args.batch_size} must be a multiple of {product}, {per_minibatch}")
-    if args.total_episodes % args.batch_size:
-        raise UserError(f"--total-episodes {args.total_episodes} must be a multiple of --batch-size {args.batch_size}")
-    for name in ("sft_batch_size", "reward_batch_size"):
-        if getattr(args, name) % world_size:
-            raise UserError(f"--{name.replace('_', '-')} must be a multiple of the {world_size} processes")
-    if args.model == "embedded" and not args.sft_steps:
-        raise UserError("--sft-steps 0 is for a --model that has learned to write, and the embedded one has not")
-    if args.kl_target and not args.kl_coef:
-        raise UserError("--kl-target adapts --kl-coef by factors, and 0 stays 0: start with more")
-    if args.prompt is not None and not args.play:
-        raise UserError("--prompt is for --play POLICY")
-
-
-def check_examples(examples: list[Example], args: Args) -> None:
-    """Raises UserError for rows that cannot serve the stages."""
-    if args.sft_steps and not examples[0].responses:
-        raise UserError(f"--dataset {args.dataset} has no responses to learn from: set --sft-steps 0")
-    is_judged = examples[0].rating is not None or len(examples[0].responses) == 2 or args.dataset is None
-    if not (is_judged or args.reward_model or args.reward_fn):
-        raise UserError(f"--dataset {args.dataset} has no ratings or comparisons: give --reward-model or --reward-fn")
-
-
-def start_device(args: Args, world_size: int, auto: str) -> torch.device:
-    """Sets threads and determinism, joins the other ranks, and returns this rank's device. auto: what "auto" means."""
-    torch.set_num_threads(args.torch_threads)
-    threadpool_limits(args.torch_threads)  # NumPy's too
-    device = torch.device(auto if args.device == "auto" else args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic cuBLAS asks for
-        torch.use_deterministic_algorithms(True)
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def sum_over_ranks(*tensors: Tensor) -> None:
-    """Replaces each tensor by its sum over all ranks, with one all-reduce; a single process keeps its own."""
-    if dist.is_initialized():
-        flat = torch.cat([x.flatten() for x in tensors])
-        dist.all_reduce(flat)
-        for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
-            x.copy_(total.view_as(x))
-
-
-def leave_ranks() -> None:
-    """Leaves the other ranks when all have come here: nobody goes while others still talk."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def derive_seeds(seed: int, stage: int, count: int) -> list[int]:
-    """count independent 32-bit seeds for one stage of the run with this seed."""
-    return np.random.SeedSequence((seed, stage)).generate_state(count).tolist()
-
-
-def default_run_dir(args: Args) -> str:
-    """runs/<task>__<script>__<seed>__<time>"""
-    task = re.sub(r"[^A-Za-z0-9.-]", "_", args.task)
-    return f"runs/{task}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-
-
-def create_run(run_dir: Path, args: Args, world_size: int) -> None:
-    """Makes the run directory with its config.json. Raises UserError where a run is already."""
-    if any(
-        (run_dir / name).exists() for name in ("config.json", "metrics.csv", "checkpoint.pt", "policy.pt", "policy")
-    ):
-        raise UserError(f"--run-dir {run_dir} already holds a run: choose another, or continue it with --resume")
-    with user_error_in(f"--run-dir {run_dir}"):
-        run_dir.mkdir(parents=True, exist_ok=True)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if which("git") else ""
-    config = {
-        "args": asdict(replace(args, run_dir=None)),
-        "world_size": world_size,
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in LIBRARIES if find_spec(p)},
-        "git": commit or None,
-        "machine": machine(),
-    }
-    write_atomically(run_dir / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def machine() -> str:
-    """Names of the processor, its cores and the GPU, if there is one."""
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores{gpu}"
-
-
-def write_atomically(path: Path, content: dict | str) -> None:
-    """Writes text, or tensors and plain Python in a dict, such that a kill leaves the old or the new file whole."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        if isinstance(content, str):
-            file.write(content.encode())
-        else:
-            torch.save({"script": SCRIPT, "format": FORMAT} | content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def load_saved(path: Path) -> dict:
-    """The dict that write_atomically wrote. Raises UserError for a missing, broken or foreign file."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give a run of {SCRIPT}.py that has come so far, or a file in one")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = saved["script"], saved["format"]
-    except Exception as error:  # torch.load fails in many ways on bytes that are not its own
-        raise UserError(f"{path} is cut short or not of {SCRIPT}.py: restore it, or start a new run") from error
-    if found != (SCRIPT, FORMAT):
-        raise UserError(f"{path} has format {found[1]} of {found[0]}.py, not {FORMAT} of {SCRIPT}.py: use that version")
-    return saved
-
-
-class MetricsLog:
-    """metrics.csv and TensorBoard's event file in a run directory: a row per iteration, the same names in both."""
-
-    def __init__(self, run_dir: Path, rows: int, global_step: int):
-        """Goes on after the checkpoint's rows and step; later rows, of a run cut short, go. Raises UserError."""
-        self.file = open(run_dir / "metrics.csv", "a+")  # noqa: SIM115 (open as long as the run)
-        self.file.seek(0)
-        kept = list(itertools.islice(self.file, rows + 1 if rows else 0))
-        if len(kept) <= rows and rows:
-            raise UserError(f"{self.file.name} has lost rows of the {rows} up to the checkpoint: restore it")
-        self.file.truncate(len("".join(kept)))
-        self.needs_header = not kept
-        self.events = SummaryWriter(str(run_dir), purge_step=global_step + 1)
-
-    def write(self, row: dict[str, float]) -> None:
-        """Appends a row, handed to the operating system at once: a killed process loses none."""
-        if self.needs_header:
-            self.file.write(",".join(row) + "\n")
-            self.needs_header = False
-        self.file.write(",".join(map(repr, row.values())) + "\n")
-        self.file.flush()
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
-        self.events.file_writer.add_summary(Summary(value=values), row["global_step"])
-
-    def sync(self) -> None:
-        """Waits until all rows are on the disk, so that no checkpoint is ahead of them."""
-        self.events.flush()
-        os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        """Closes both files."""
-        self.file.close()
-        self.events.close()
-
-
-def draw_frontier(run_dir: Path) -> None:
-    """Draws the scores, and the gold score where there is one, over the square root of the KL divergence, as
-    frontier.png (Gao et al. 2022, fig. 1): a gold score that falls while the other rises is over-optimisation."""
-    with open(run_dir / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    distance = [math.sqrt(max(float(row["objective/kl"]), 0)) for row in rows]
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, label, colour in (("scores", "reward (proxy)", "tab:blue"), ("gold", "gold", "tab:orange")):
-        if f"objective/{name}" in rows[0]:
-            values = [float(row[f"objective/{name}"]) for row in rows]
-            axes.plot(distance, values, ".-", color=colour, label=label)
-    axes.set(xlabel="square root of the KL divergence from the reference", ylabel="mean score", title=run_dir.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(run_dir / "frontier.png")
-
-
-def show_progress(progress: tqdm, done: int, text: str) -> None:
-    """Moves the bar; where stderr is no terminal, prints a line per tenth of the run instead."""
-    done, before = min(done, progress.total), progress.n
-    if not progress.disable:
-        progress.set_postfix_str(text, refresh=False)
-        progress.update(done - before)
-        return
-    progress.n = done
-    if done * 10 // progress.total > before * 10 // progress.total:
-        print(f"{done:,}/{progress.total:,}: {text}", file=sys.stderr)
+    """A mistake in what the user gave. It ends the program with one line."""
 
 
 @contextlib.contextmanager
 def user_error_in(what: str) -> Iterator[None]:
-    """Turns an error that a library raises about the user's wish into a UserError that begins with what."""
+    """Makes a UserError of whatever goes wrong with something that the user gave."""
     try:
         yield
-    except Exception as error:  # libraries, environments and files fail in many ways
-        raise UserError(f"{what}: {error}".splitlines()[0]) from error
+    except Exception as error:  # libraries fail in many ways
+        raise UserError(f"{what}: {error.__cause__ or error}") from error
 
 
-def parse_flags(default: Args) -> Args:
-    """tyro.cli, with its boxed message about a wrong flag turned into one line. Raises UserError."""
-    box = io.StringIO()
+class MetricsLog:
+    """config.json, and a row per iteration in metrics.csv and TensorBoard; a resumed run drops what it repeats."""
+
+    def __init__(self, run_dir: Path, args: Args, iteration: int, global_step: int):
+        (run_dir / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        path = run_dir / "metrics.csv"
+        rows = path.read_text().splitlines(keepends=True)[: 1 + iteration] if iteration else []
+        path.write_text("".join(rows))
+        self.csv = open(path, "a", buffering=1)  # noqa: SIM115
+        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Adds a row, whose step is metrics["global_step"]. A kill after this loses nothing of it."""
+        if self.csv.tell() == 0:
+            print(*metrics, sep=",", file=self.csv)
+        print(*metrics.values(), sep=",", file=self.csv)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, metrics["global_step"])
+        self.writer.flush()
+
+
+def save(path: Path, **content) -> None:
+    """Writes a file for load. A kill leaves the old file or the new one, never half of one."""
+    torch.save(content, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def load(path: Path, **parts) -> dict:
+    """What save wrote. The parts (networks, optimizer) take on the states that it has for them. Raises UserError."""
     try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, default=default)
-    except SystemExit as stopped:
-        if not stopped.code:  # --help
-            raise
-        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
-        in_text = itertools.dropwhile(lambda line: not re.search(r"\w", line), lines)  # after the frame
-        message = " ".join(itertools.takewhile(re.compile(r"\w").search, in_text))
-        raise UserError(f"{message}; --help shows all flags") from None
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(content[name])
+    except Exception as error:  # torch fails in many ways on bytes that are not its own
+        raise UserError(f"{path} is missing, damaged or of other sizes than the flags say: {error}") from error
+    return content
 
 
-def saved_args(run_dir: str) -> Args:
-    """The flags that continue the run in run_dir: those of its config.json. Raises UserError."""
-    with user_error_in(f"--resume {run_dir} holds no run of this script"):
-        config = json.loads(Path(run_dir, "config.json").read_text())
-        world_size = int(config["world_size"])
-        args = replace(Args(**config["args"]), resume=run_dir, run_dir=run_dir)
-    if world_size != int(os.environ.get("WORLD_SIZE", "1")):
-        raise UserError(f"--resume {run_dir}: the run had {world_size} processes, give it as many")
-    return args
+def play(args: Args) -> None:
+    """Prints a response to --prompt of the policy in a run folder."""
+    policy = load_model(Path(args.play, "policy"), args)
+    with user_error_in(f"--prompt {args.prompt}"):
+        prompt = json.loads(args.prompt) if args.prompt.startswith("[") else args.prompt
+        text, tokens = encode_prompt(prompt, policy.tokenizer)
+    torch.manual_seed(args.seed)
+    print(text + decode(policy.generate([Example(prompt, text, tokens, [], [], None, {})]), policy.tokenizer)[0])
 
 
-def stop(signum: int, frame: object) -> None:
-    """Ctrl-C and SIGTERM end the main process; forked workers, if there are any, end with it, quietly."""
-    if parent_process() is None:
-        raise KeyboardInterrupt
-    if signum == signal.SIGTERM:
-        os._exit(0)
+# -------------------------------------------------------------------------------------------------- made-up reviews
+
+NUM_REVIEWS = 5000
+THINGS = (
+    "soup pasta pizza salad fish bread coffee rice wine cake tea chicken waiter chef host service music menu kitchen"
+)
+ADJECTIVES = {
+    1: "delicious excellent lovely wonderful perfect great superb charming fresh splendid pleasant amazing",
+    0: "ordinary average small big usual plain",
+    -1: "awful terrible bland cold stale poor dreadful disappointing horrible dull dirty sad",
+}
+ENDINGS = {1: ("we loved it", "five stars"), 0: ("that is all", "we paid and left"), -1: ("never again", "one star")}
+
+
+def write_review(rng: random.Random) -> dict[str, str]:
+    """A review: statements, most of them of one mind, and an ending that fits. Its first words are the prompt."""
+    mind = rng.choices((1, 0, -1), (1, 2, 2))[0]  # what the guest thinks
+    words = []
+    for i in range(rng.randint(1, 5)):
+        sign = rng.choices((mind, 1, 0, -1), (7, 1, 1, 1))[0]
+        words += [rng.choice((".", ".", "and", "but"))] if i else []
+        words += f"the {rng.choice(THINGS.split())} was {rng.choice(ADJECTIVES[sign].split())}".split()
+    words += f". {rng.choice(ENDINGS[mind])} .".split()
+    length = rng.randint(2, 6)
+    return {"prompt": " ".join(words[:length]), "response": " ".join(words[length:])}
+
+
+def gold_score(review: str) -> float:
+    """What people want, hidden from all that is trained: each word of praise or blame counts 1 or -1, such an ending 1
+    more. Off go 1 for each noun or adjective said before, 0.2 for each word beyond 30, and 3 without a full stop."""
+    words = review.split()
+    signs = {adjective: sign for sign, adjectives in ADJECTIVES.items() for adjective in adjectives.split()}
+    sentiment = sum(signs.get(word, 0) for word in words)
+    sentiment += sum(sign * any(ending in review for ending in endings) for sign, endings in ENDINGS.items())
+    said = [word for word in words if word in signs or word in THINGS.split()]
+    repetition = len(said) - len(set(said))
+    return sentiment - repetition - 0.2 * max(0, len(words) - 30) - 3 * (words[-1:] != ["."])
+
+
+def gold_scores(examples: list[Example], tokenizer: Tokenizer) -> list[float]:
+    """Gold scores of reviews."""
+    return [gold_score(x.text + text) for x, text in zip(examples, decode(examples, tokenizer))]
+
+
+def ask_people(model: Model, examples: list[Example], args: Args) -> list[Example]:
+    """Comparisons by simulated people. The hotter samples show what PPO may try: mistakes that are rare."""
+    rng, judged = random.Random(args.seed), []
+    prompts = rng.choices(examples, k=args.num_feedback)
+    for chosen, rejected in zip(model.generate(prompts), model.generate(prompts, heat=1.5)):
+        gold_chosen, gold_rejected = gold_scores([chosen, rejected], model.tokenizer)
+        if rng.random() > 1 / (1 + math.exp((gold_rejected - gold_chosen) / 0.5)):  # Bradley-Terry
+            chosen, rejected = rejected, chosen
+        judged.append(chosen._replace(rejected=rejected.response))
+    return judged
 
 
 def main() -> None:
-    """The command line: plays or trains; an error becomes one line and an exit code."""
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    args = None
-    speaks = os.environ.get("RANK", "0") == "0"
-    try:
-        args = parse_flags(Args())
-        if args.resume:
-            if args.run_dir:
-                raise UserError("--run-dir contradicts --resume, which goes on in its own directory: leave it out")
-            args = parse_flags(saved_args(args.resume))
-        args.run_dir = args.resume or args.run_dir or default_run_dir(args)
-        play(args) if args.play else train(args)
-        if "RANK" in os.environ:
-            sys.stdout.flush()
-            os._exit(0)  # gloo's threads can abort Python's own shutdown (pytorch pull request 179291)
-    except UserError as error:
-        if speaks:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        if speaks:
-            print(f"error: {error}; {args.run_dir}/checkpoint.pt is the last good state", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        if speaks and args and not args.play and Path(args.run_dir, "checkpoint.pt").exists():
-            launcher = ["torchrun", "..."] if "RANK" in os.environ else [sys.executable]
-            command = shlex.join([*launcher, sys.argv[0], "--resume", args.run_dir])
-            print(f"stopped; resume with: {command}", file=sys.stderr)
-        sys.exit(130)
+    """Trains and evaluates, or only responds, as the flags say. Raises UserError."""
+    args = tyro.cli(Args)
+    if (args.run_dir, args.resume, args.play).count(None) < 2:
+        raise UserError("give only one of --run-dir, --resume and --play")
+    earlier_run, is_play, before = args.resume or args.play, args.play is not None, Args()
+    if earlier_run:  # its flags, but for those that are given now
+        config = Path(earlier_run, "config.json")
+        try:
+            before = Args(**json.loads(config.read_text()))
+            args = tyro.cli(Args, default=before)
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"{config} is missing, damaged or of another script: {error}") from error
+    has_reward = args.reward_model or args.reward_fn
+    unused = "" if is_play else "prompt "
+    unused += "num_feedback " if args.dataset or has_reward else ""
+    unused += "reward_steps reward_batch_size reward_learning_rate " if has_reward else ""
+    unused += "sft_batch_size sft_learning_rate " if args.sft_steps == 0 else ""
+    unused += "lora_alpha " if args.lora_rank == 0 else ""
+    unused += "dataset_split " if args.dataset is None else ""
+    unused += "kl_horizon " if args.kl_target is None else ""
+    names = [*vars(args)]
+    if earlier_run:  # stages 1 and 2 are over, and their models are what those of PPO are made of
+        unused += " ".join(names[: names.index("total_episodes")]) + " critic lora_rank lora_alpha kl_coef"
+    if is_play:
+        used = "seed response_length temperature bf16 device prompt run_dir resume play"
+        unused = " ".join(name for name in names if name not in used.split())
+    for name in unused.split():
+        if getattr(args, name) != getattr(before, name):
+            raise UserError(f"--{name.replace('_', '-')} has no effect with the other flags, or so late in a run")
+    above_0 = "response_length temperature sft_batch_size num_feedback reward_batch_size total_episodes batch_size"
+    above_0 += " num_minibatches micro_batch_size update_epochs learning_rate max_grad_norm checkpoint_interval"
+    for name in f"{above_0} clip_coef eval_samples".split():
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0 and finite")
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    multiple = args.num_minibatches * args.micro_batch_size * world_size
+    fits = args.batch_size % multiple == 0 and min(args.sft_batch_size, args.reward_batch_size) >= world_size
+    mistakes = {
+        f"--batch-size must be a multiple of minibatches × micro-batch × processes, {multiple}": not fits,
+        "--total-episodes must be a multiple of --batch-size": args.total_episodes % args.batch_size,
+        "--reward-fn excludes --reward-model": args.reward_model and args.reward_fn,
+        "--kl-target adapts --kl-coef by factors, and 0 stays 0": args.kl_target and args.kl_coef == 0,
+        "--sft-steps 0 is for a --model that can write": args.model == "embedded" and args.sft_steps == 0,
+        f"--device {args.device}: PyTorch sees no GPU": "cuda" in args.device and not torch.cuda.is_available(),
+    }
+    for mistake, is_made in mistakes.items():
+        if is_made:
+            raise UserError(mistake)
+    transformers.logging.set_verbosity_error()  # it would report what is raised here
+    transformers.logging.disable_progress_bar()
+    if args.model == "embedded":
+        torch.set_num_threads(1)  # more only slow networks of this size down
+    if is_play:
+        return play(args)
+    run_name = f"{Path(args.dataset or 'reviews').stem}__{Path(__file__).stem}__{args.seed}"
+    run_dirs = [earlier_run or args.run_dir or f"runs/{run_name}__{time.strftime('%Y%m%d-%H%M%S')}"]
+    if world_size > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        dist.broadcast_object_list(run_dirs)  # the time may differ
+    run_dir = Path(run_dirs[0])
+    if not earlier_run and rank == 0 and (run_dir / "config.json").exists():
+        raise UserError(f"{run_dir} holds a run: give another --run-dir, or --resume it")
+    summary = train(args, run_dir)
+    if rank == 0:
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print(f"saved in {run_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")

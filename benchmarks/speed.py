@@ -213,7 +213,7 @@ if work == "gpu":
     batch, updates, epochs, length = 256, 3, 2, 128
 if not (folder / "reward").exists():
     torch.manual_seed(0)
-    words = ppo.make_tokenizer([ppo.Row(" ".join(f"w{{i}}" for i in range(253)))])
+    words = ppo.make_tokenizer([" ".join(f"w{{i}}" for i in range(253))])
     config = transformers.AutoConfig.for_model("qwen2", vocab_size=vocabulary, pad_token_id=0, eos_token_id=1, **sizes)
     config.num_labels = 1
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
@@ -252,20 +252,47 @@ if side == "trl":
     figures = dict(episodes_per_second=batch * updates / (time.perf_counter() - start))
 else:
     sources = dict(reward_model=str(folder / "reward")) if work == "speed" else dict(lora_rank=16, reward_steps=1)
-    gpu = dict(bf16=True, compile=side == "compiled") if work == "gpu" else dict()
     args = ppo.Args(
         model=str(folder / "model"), dataset=str(folder / "rows.jsonl"), sft_steps=0, reward_batch_size=8,
         total_episodes=batch * updates, batch_size=batch, num_minibatches=1, update_epochs=epochs,
-        micro_batch_size=64 if work == "gpu" else None,
-        critic="separate" if side == "separate" else "shared", missing_eos_penalty=0.0, eval_samples=4,
-        torch_threads=1, device=device, run_dir=str(folder / f"run{{time.time_ns()}}"),
-        **settings, **sources, **gpu,
+        micro_batch_size=64 if work == "gpu" else batch, bf16=work == "gpu",
+        critic="separate" if side == "separate" else "shared", missing_eos_penalty=0.0, eval_samples=4, device=device,
+        **settings, **sources,
     )
-    figures = ppo.train(args)
-    rows = (Path(args.run_dir) / "metrics.csv").read_text().splitlines()
-    last = dict(zip(rows[0].split(","), rows[-1].split(",")))
-    names = [f"{{x}}_tokens_per_second" for x in ("generation", "update")]
-    figures |= {{name: float(last[f"time/{{name}}"]) for name in names}}
+    seconds = dict.fromkeys(("generate", "rollout", "update"), 0.0)
+
+    def timed(owner, name):
+        function = getattr(owner, name)
+
+        def wrapped(*given, **options):
+            start = time.perf_counter()
+            result = function(*given, **options)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name] += time.perf_counter() - start
+            return result
+
+        setattr(owner, name, wrapped)
+
+    for owner, name in ((ppo, "rollout"), (ppo, "update"), (ppo.Model, "generate")):
+        timed(owner, name)
+    rollout = ppo.rollout
+
+    def first_rollout(*given):
+        seconds["generate"] = 0.0  # what came before does not count
+        ppo.rollout = rollout
+        return rollout(*given)
+
+    ppo.rollout = first_rollout
+    evaluate = ppo.evaluate
+    ppo.evaluate = lambda *given: dict(generate=seconds["generate"]) | evaluate(*given)
+    run_dir = folder / f"run{{time.time_ns()}}"
+    figures = ppo.train(args, run_dir)
+    rows = [line.split(",") for line in (run_dir / "metrics.csv").read_text().splitlines()]
+    tokens = batch * sum(float(row[rows[0].index("objective/response_length")]) for row in rows[1:])
+    figures["episodes_per_second"] = batch * updates / (seconds["rollout"] + seconds["update"])
+    figures["generation_tokens_per_second"] = tokens / figures["generate"]
+    figures["update_tokens_per_second"] = epochs * tokens / seconds["update"]
 figures["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 if device == "cuda":
     figures["peak_memory"] = torch.cuda.max_memory_allocated()
@@ -466,10 +493,10 @@ def llm(args: Args) -> dict:
 
 def rlhf(args: Args, memory: bool = False) -> dict:
     """Token-level PPO beside TRL's trainer: episodes/s with a shared and a separate critic, or peak memory with LoRA
-    at Qwen2-0.5B's size. Where there is a GPU, tokens/s at that size in bfloat16, plain and compiled."""
+    at Qwen2-0.5B's size. Where there is a GPU, tokens/s at that size in bfloat16, by critic."""
     has_gpu = torch.cuda.is_available()
     work = "gpu" if has_gpu else "memory" if memory else "speed"
-    names = ("compiled", "plain") if has_gpu else ("shared", "separate", "trl")
+    names = ("shared", "separate") if has_gpu else ("shared", "separate", "trl")
     bar = tqdm(total=args.pairs * len(names), unit="run", desc="rlhf_memory" if memory else "rlhf")
     sides: dict[str, list[dict]] = {side: [] for side in names}
     with tempfile.TemporaryDirectory() as folder:

@@ -332,7 +332,9 @@ def test_unknown_suite():
     command = [sys.executable, "benchmarks/run.py", "classics"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: there is no suite classics: choose one of classic, llm, mujoco, pizza, rlhf\n"
+    assert (
+        done.stderr == "error: there is no suite classics: choose one of cheerful, classic, llm, mujoco, pizza, rlhf\n"
+    )
 
 
 def test_a_real_run(tmp_path):
