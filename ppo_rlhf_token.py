@@ -25,7 +25,8 @@ PPO repeats one iteration, which is numbered in `rollout`, `update` and `train`:
    of 1 ± epsilon there is nothing to gain (`ppo_loss`). The critic learns what to expect. Then the data is thrown away.
 4. Metrics, and now and then a checkpoint.
 To change the loss edit `ppo_loss`, the form of the data `parse_row`. For another reward write a function for
---reward-fn: it gets lists of prompts, of responses and, by name, of the data's other columns, and returns a list.
+--reward-fn: it gets lists of prompts, of responses and, by name, of the data's other columns, and returns a list of
+numbers; the defaults suit such as spread by about 1.
 
 Without --dataset, a grammar writes restaurant reviews, and simulated people compare samples with a hidden gold score in
 mind, and err. The reward model knows these judgements alone, and PPO the reward model alone: so the run can tell
@@ -91,9 +92,7 @@ class Args:
     dataset: str | None = None  # rows: a .jsonl, .json or .parquet file, or a hub id; default: made-up reviews
     dataset_split: str = "train"  # of a data set, such as test or train[:1000]
     reward_model: str | None = None  # sequence classifier with one label, hub id or folder, instead of the second stage
-    reward_fn: str | None = (
-        None  # FILE.py:NAME of a function (prompts, responses, **columns); its scores best vary by 1
-    )
+    reward_fn: str | None = None  # FILE.py:NAME of a function (prompts, responses, **columns), instead of that stage
     seed: int = 1  # of data, weights, samples and shuffling
     max_prompt_length: int = 64  # rows whose prompt has more tokens are left out
     response_length: int = 40  # responses are cut off after this many tokens

@@ -344,11 +344,11 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 def relink(text: str) -> str:
     """A document with the line numbers of its links into scripts: [`compute_gae`](ppo_mlp_discrete.py#L1) to where the
-    function or class is defined, [`train`, part 2](...) to where that part of it begins."""
+    function, method or class is defined, [`train`, part 2](...) to where that part of it begins."""
 
     def link(match: re.Match) -> str:
         label, name, part, script = match.groups()
-        wanted = rf"\s+# {part}\. " if part else rf"(def|class) {name}\b"
+        wanted = rf"\s+# {part}\. " if part else rf"\s*(def|class) {name}\b"
         for count, line in enumerate((ROOT / script).read_text().splitlines(), 1):
             if re.match(wanted, line):
                 return f"[{label}]({script}#L{count})"

@@ -209,7 +209,7 @@ def test_readme_links_code_and_names_tests_that_exist():
         for link in where.split(", ["):
             name, part, script, line = re.fullmatch(r"\[?`(\w+)`(, part \d)?\]\((\w+\.py)#L(\d+)\)", link).groups()
             text = (ROOT / script).read_text().splitlines()[int(line) - 1]
-            assert re.match(rf"        # {part[-1]}\. " if part else rf"(def|class) {name}\b", text), link
+            assert re.match(rf" +# {part[-1]}\. " if part else rf"\s*(def|class) {name}\b", text), link
         names = re.findall(r"`(\w+)`", held_by)
         assert names, row
         for name in names:
