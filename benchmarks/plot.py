@@ -1,4 +1,4 @@
-"""Draws the results of all suites and writes the figures and tables of README.md and benchmarks/README.md.
+"""Draws the results of all suites, writes the tables of benchmarks/README.md and renews all documents' line numbers.
 
     python benchmarks/plot.py                           # writes them
     python benchmarks/plot.py --check                   # says what would change; exit code 1 if anything does
@@ -26,7 +26,7 @@ from matplotlib.ticker import EngFormatter
 from suite import RESULTS, ROOT, SUITES, BenchmarkError, Suite, code_hash, differences, load_suite, read_result
 
 FIGURES = Path(__file__).parent / "figures"
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/README.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/*.md")))
 ORDER = (
     "classic",
     "mujoco",
@@ -37,6 +37,13 @@ ORDER = (
     "pizza",
     "rlhf",
 )  # of the suites in tables
+OVERVIEW = (  # scripts in the order of the README
+    "ppo_mlp_discrete.py",
+    "ppo_mlp_continuous.py",
+    "ppo_llm_policy.py",
+    "ppo_char_lm_pizza.py",
+    "ppo_rlhf_token.py",
+)
 SPEED = ("discrete", "continuous", "llm", "rlhf", "rlhf_memory")  # suites of speed.py
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
 
@@ -161,6 +168,28 @@ def draw(suite: Suite, groups: list[Group]) -> Figure:
         axes.legend(fontsize=7)
     for group, axes in zip(frontiers, all_axes[len(panels) :]):
         draw_frontier(axes, group, suite.kl, suite.frontier, suite.settings[group.setting])
+    return figure
+
+
+def draw_overview(loaded: dict[str, tuple[Suite, list[Group]]]) -> Figure:
+    """A panel for each script: the first task with our own setting, of 40 points at most. For any background."""
+    figure = Figure(figsize=(10, 2.2), layout="constrained")
+    firsts = {suite.script: (suite, group) for suite, groups in reversed(loaded.values()) for group in groups[:1]}
+    for i, script in enumerate(sorted(firsts, key=OVERVIEW.index), 1):
+        suite, group = firsts[script]
+        axes = figure.add_subplot(1, len(firsts), i)
+        step = -(-(suite.until // suite.grid) // 40)
+        x = np.arange(suite.grid, suite.until + 1, suite.grid)[::step]
+        draw_curve(axes, x, group.curves[suite.panels[0]["metric"]][:, ::step], COLOURS[0], suite.panels[0]["label"])
+        axes.set_title(f"{script}\n{group.task}", fontsize=7, color="gray")
+        axes.set_xlabel(suite.xlabel, fontsize=7, color="gray")
+        axes.set_ylabel(suite.panels[0]["label"], fontsize=7, color="gray")
+        axes.tick_params(colors="gray", labelsize=6)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_facecolor("none")
+        axes.spines[:].set_color("gray")
+        axes.grid(alpha=0.3)
+    figure.set_facecolor("none")
     return figure
 
 
@@ -347,14 +376,14 @@ def relink(text: str) -> str:
     function, method or class is defined, [`train`, part 2](...) to where that part of it begins."""
 
     def link(match: re.Match) -> str:
-        label, name, part, script = match.groups()
+        label, name, part, up, script = match.groups()
         wanted = rf"\s+# {part}\. " if part else rf"\s*(def|class) {name}\b"
         for count, line in enumerate((ROOT / script).read_text().splitlines(), 1):
             if re.match(wanted, line):
-                return f"[{label}]({script}#L{count})"
+                return f"[{label}]({up}{script}#L{count})"
         raise BenchmarkError(f"{script} has no {label}, to which a document links")
 
-    return re.sub(r"\[(`(\w+)`(?:, part (\d))?)\]\((ppo_\w+\.py)#L\d+\)", link, text)
+    return re.sub(r"\[(`(\w+)`(?:, part (\d))?)\]\((\.\./|)(ppo_\w+\.py)#L\d+\)", link, text)
 
 
 def load_all(folder: Path) -> dict[str, tuple[Suite, list[Group]]]:
@@ -441,7 +470,9 @@ def main() -> None:
         path.write_text(text)
     for suite, groups in loaded.values():
         save_figure(suite, groups, FIGURES)
-    print(f"wrote {len(documents)} documents and {len(loaded)} figures")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters as outlines would double its size
+        draw_overview(loaded).savefig(FIGURES / "overview.svg", metadata={"Date": None})
+    print(f"wrote {len(documents)} documents and {len(loaded) + 1} figures")
 
 
 if __name__ == "__main__":

@@ -558,6 +558,9 @@ def test_tables_and_links_are_put_where_they_belong():
     first, second = (lines[int(line) - 1] for line in re.findall(r"#L(\d+)", linked))
     assert first.startswith("def compute_gae(")
     assert second.strip().startswith("# 2. ")
+    linked = plot.relink("[`act`](../ppo_mlp_discrete.py#L1)")  # a method, linked from docs/
+    line = int(re.fullmatch(r"\[`act`\]\(\.\./ppo_mlp_discrete\.py#L(\d+)\)", linked)[1])
+    assert lines[line - 1].startswith("    def act(")
     with pytest.raises(BenchmarkError, match="no `nothing`"):
         plot.relink("[`nothing`](ppo_mlp_discrete.py#L1)")
 
@@ -627,7 +630,7 @@ def test_results_of_ones_own(tmp_path, monkeypatch, capsys):
 
 def test_what_does_not_show_the_results_is_noticed(tmp_path, monkeypatch):
     """A number changed by hand, a figure that is missing, one drawn from other results, one with other labels."""
-    documents = tuple(tmp_path / f"{path.parent.name}.md" for path in plot.DOCUMENTS)
+    documents = tuple(tmp_path / f"{path.parent.name}_{path.name}" for path in plot.DOCUMENTS)
     for path, copy in zip(plot.DOCUMENTS, documents):
         copy.write_text(path.read_text())
     shutil.copytree(plot.FIGURES, tmp_path / "figures")
@@ -642,19 +645,19 @@ def test_what_does_not_show_the_results_is_noticed(tmp_path, monkeypatch):
     for module in (plot, suite_module):
         monkeypatch.setattr(module, "SUITES", tmp_path / "suites")
     assert plot.stale() == []
-    readme = documents[0].read_text()
-    documents[0].write_text(re.sub(r"(\| CartPole-v1 \| training return \| \d+ \| )", r"\g<1>1", readme, count=1))
-    assert plot.stale() == [documents[0]]
-    documents[0].write_text(readme)
+    readme = documents[1].read_text()
+    documents[1].write_text(re.sub(r"(\| CartPole-v1 \| training return \| \d+ \| )", r"\g<1>1", readme, count=1))
+    assert plot.stale() == [documents[1]]
+    documents[1].write_text(readme)
     (tmp_path / "figures/llm.svg").unlink()
     assert plot.stale() == [tmp_path / "figures/llm.svg"]
     rewrite(tmp_path / "results/pizza/pizza__ours__1.json", seconds=1.5)
     labels = tmp_path / "suites/rlhf.toml"
     labels.write_text(labels.read_text().replace("gold score", "golden score"))
     assert {path.name for path in plot.stale()} == {
-        *(path.name for path in documents), "llm.svg", "pizza.svg", "rlhf.svg"
+        documents[1].name, "llm.svg", "pizza.svg", "rlhf.svg"
     }  # fmt: skip
-    documents[0].write_text(readme.replace("<!-- plot.py: speed -->", ""))
+    documents[1].write_text(readme.replace("<!-- plot.py: speed -->", ""))
     with pytest.raises(BenchmarkError, match="no document has a place for the table speed"):
         plot.stale()
 

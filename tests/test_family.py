@@ -58,8 +58,8 @@ def requirements(path):
 
 
 def readme_commands():
-    """Commands of the shell blocks of both READMEs, without the environment's path before python."""
-    documents = (ROOT / name for name in ("README.md", "benchmarks/README.md"))
+    """Commands of the shell blocks of both READMEs and docs/, without the environment's path before python."""
+    documents = (ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/*.md")))
     blocks = [block for path in documents for block in re.findall(r"```(?:bash|sh)\n(.*?)```", path.read_text(), re.S)]
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
@@ -198,18 +198,19 @@ def test_ci_runs_the_readmes_test_command():
     assert tests in (ROOT / ".ci/run").read_text()
 
 
-def test_readme_links_code_and_names_tests_that_exist():
-    """Every row of the table of implementation details links the line that does it and names the tests that hold it."""
-    table = (ROOT / "README.md").read_text().split("## Implementation details")[1].split("\n## ")[0]
+def test_details_link_code_and_name_tests_that_exist():
+    """Every row of docs/details.md names a source, links the code that does it and the tests that hold it."""
+    tables = (ROOT / "docs/details.md").read_text().split("\n## ", 1)[1]
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    rows = re.findall(r"(?m)^\| (?!detail|---)(.*) \|$", table)
+    rows = re.findall(r"(?m)^\| (?!detail|---)(.*) \|$", tables)
     assert len(rows) > 50
     for row in rows:
-        _, where, held_by = row.split(" | ")
+        _, source, where, held_by = row.split(" | ")
+        assert source, row
         for link in where.split(", ["):
-            name, part, script, line = re.fullmatch(r"\[?`(\w+)`(, part \d)?\]\((\w+\.py)#L(\d+)\)", link).groups()
+            name, part, script, line = re.fullmatch(r"\[?`(\w+)`(, part \d)?\]\(\.\./(\w+\.py)#L(\d+)\)", link).groups()
             text = (ROOT / script).read_text().splitlines()[int(line) - 1]
-            assert re.match(rf" +# {part[-1]}\. " if part else rf"\s*(def|class) {name}\b", text), link
+            assert re.match(rf"\s+# {part[-1]}\. " if part else rf"\s*(def|class) {name}\b", text), link
         names = re.findall(r"`(\w+)`", held_by)
         assert names, row
         for name in names:

@@ -1,0 +1,142 @@
+"""The documents: links lead somewhere, snippets run, every metric is explained, README is short and says what is so."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from test_family import BUDGETS
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", *sorted(ROOT.glob("*/*.md")))
+README = (ROOT / "README.md").read_text()
+METRICS = (ROOT / "docs/metrics.md").read_text()
+
+
+def snippets(path):
+    """Python blocks of a document."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.S)
+
+
+def anchors(text):
+    """What GitHub makes of the headings of a document, which links may name."""
+    headings = re.findall(r"(?m)^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S))
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def metric_names(script):
+    """Columns of metrics.csv: what a script puts into dicts with these names, or what looks like such a key."""
+    text = (ROOT / script).read_text()
+    names = set(re.findall(r'"((?:charts|losses|objective|policy|val|loss|time)/\w+)"', text))
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Assign | ast.AugAssign):
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        where = target.value if isinstance(target, ast.Subscript) else target
+        if getattr(where, "id", None) in ("metrics", "figures", "row"):
+            keys = [target.slice] if where is not target else []
+            keys += [key for part in ast.walk(node.value) if isinstance(part, ast.Dict) for key in part.keys]
+            keys = [key.value for key in keys if isinstance(key, ast.Constant)]
+            names |= {f"losses/{key}" if where.id == "figures" and "/" not in key else key for key in keys}
+    return names
+
+
+def documented_names(script):
+    """Metrics that the part of docs/metrics.md about a script explains."""
+    (part,) = [part for part in METRICS.split("\n## ")[1:] if script in part.split("| metric |")[0]]
+    first_cells = re.findall(r"(?m)^\| (`.*?) \|", part)
+    without = re.findall(r"`([\w/]+)`", " ".join(re.findall(r"has no (.*?)\.\s", part, re.S)))
+    left_out = without if script == "ppo_llm_policy.py" else []
+    return {name for cell in first_cells for name in re.findall(r"`([\w/]+)`", cell)} - set(left_out)
+
+
+def test_links_lead_somewhere():
+    for path in DOCUMENTS:
+        text = path.read_text()
+        links = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", re.sub(r"```.*?```", "", text, flags=re.S))
+        for link in map("".join, links):
+            if link.startswith(("http://", "https://")):
+                continue
+            file, _, anchor = link.partition("#")
+            target = (path.parent / file).resolve() if file else path
+            assert target.exists(), f"{path}: {link}"
+            if target.suffix == ".md" and anchor:
+                assert anchor in anchors(target.read_text()), f"{path}: {link}"
+
+
+def test_tests_that_documents_name_exist():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for path in DOCUMENTS:
+        for name in re.findall(r"`(test_\w+)`", path.read_text()):
+            assert f"def {name}(" in tests, f"{path}: {name}"
+
+
+def test_readme_is_short():
+    assert len(README.encode()) <= 12_000
+
+
+@pytest.mark.parametrize("script", BUDGETS)
+def test_readme_says_how_long_a_script_is(script):
+    (row,) = re.findall(rf"(?m)^\| `python` \[`{script}`\].*$", README)
+    assert row.split(" | ")[2] == f"{BUDGETS[script][0]:,}"
+
+
+def test_readme_has_the_results():
+    """What a script reaches and in how many minutes is what benchmarks/README.md, which plot.py fills, has of it."""
+    overview = (ROOT / "benchmarks/README.md").read_text()
+    rows = re.findall(r"(?m)^\| `python` \[`(\w+\.py)`\].* \| (\S+): (\S+) \| (\S+) \|$", README)
+    assert len(rows) == 5
+    for script, task, reached, minutes in rows:
+        found = rf"(?m)^\| `{script}` \| {task} \|[^|]+\|[^|]+\| {reached}[ |].* {minutes} \|$"
+        assert re.search(found, overview), (script, task, reached, minutes)
+
+
+@pytest.mark.parametrize("script", BUDGETS)
+def test_every_metric_is_explained(script):
+    assert len(metric_names(script)) > 10
+    assert metric_names(script) == documented_names(script)
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory):
+    """A folder with a short run in runs/lake, as README has it."""
+    import ppo_mlp_discrete as ppo
+
+    folder = tmp_path_factory.mktemp("docs")
+    ppo.train(ppo.Args(env_id="FrozenLake-v1", total_timesteps=1), folder / "runs/lake")
+    return folder
+
+
+def test_metrics_of_a_run_are_those_in_the_script(lake):
+    header = (lake / "runs/lake/metrics.csv").read_text().splitlines()[0]
+    assert set(header.split(",")) == metric_names("ppo_mlp_discrete.py")
+
+
+@pytest.mark.parametrize("code", snippets("README.md"), ids=("load", "network", "loss", "environment"))
+def test_snippets_of_the_readme(code, lake, monkeypatch):
+    """Each as it stands but for the steps, with a script that nobody has changed before."""
+    monkeypatch.chdir(lake)
+    monkeypatch.delitem(sys.modules, "ppo_mlp_discrete", raising=False)
+    names = {}
+    exec(re.sub(r"total_timesteps=[\d_]+", "total_timesteps=1", code), names)
+    if "ppo" in names:
+        (run,) = re.findall(r'Path\("(.*)"\)', code)
+        assert (lake / run / "policy.pt").exists()
+        assert ("losses/logits" in (lake / run / "metrics.csv").read_text()) == ("logits" in code)
+    if "Corridor" in names:
+        env = names["gym"].make("Corridor-v0")
+        env.reset(seed=1)
+        steps = [env.step(1) for _ in range(9)]
+        assert [(reward, terminated) for _, reward, terminated, _, _ in steps] == [(0, False)] * 8 + [(1, True)]
+        import ppo_mlp_discrete as ppo
+
+        ppo.train(ppo.Args(env_id="Corridor-v0", total_timesteps=1), lake / "runs/corridor")
+
+
+def test_reward_function_of_the_docs():
+    (code,) = [code for code in snippets("docs/using.md") if "def score" in code]
+    names = {}
+    exec(code, names)
+    short, long = names["score"](["p", "p"], ["Thank you.", "x" * 400])
+    assert short > long
