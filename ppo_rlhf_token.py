@@ -24,9 +24,8 @@ PPO repeats one iteration, which is numbered in `rollout`, `update` and `train`:
 3. Update: in several passes over these responses, good tokens become likelier and bad ones less likely; beyond a factor
    of 1 ± epsilon there is nothing to gain (`ppo_loss`). The critic learns what to expect. Then the data is thrown away.
 4. Metrics, and now and then a checkpoint.
-To change the loss edit `ppo_loss`, the form of the data `parse_row`. For another reward write a function for
---reward-fn: it gets lists of prompts, of responses and, by name, of the data's other columns, and returns a list of
-numbers; the defaults suit such as spread by about 1.
+To change the loss edit `ppo_loss`, the form of the data `parse_row`. Another reward is a function for --reward-fn: it
+gets prompts, responses and by name the data's other columns, all lists, and returns numbers, best spread by about 1.
 
 Without --dataset, a grammar writes restaurant reviews, and simulated people compare samples with a hidden gold score in
 mind, and err. The reward model knows these judgements alone, and PPO the reward model alone: so the run can tell
@@ -525,7 +524,7 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
         reward.model = reference.branch("reward", reward_folder)
     if not args.reward_fn:
         scores = reward(before)
-        reward.mean, reward.std = scores.mean(), scores.std()
+        reward.mean, reward.std = scores.mean(), scores.std() if len(scores) > 1 else 1.0
     parameters = nn.ParameterList(dict.fromkeys([*policy.parameters(), *critic.parameters()]))  # each of them once
     optimizer = torch.optim.Adam(parameters, eps=1e-5, fused=True)
     if has_checkpoint:
@@ -633,14 +632,16 @@ class Reward:
         return (scores - self.mean) / self.std
 
     def call_function(self, examples: list[Example]) -> Tensor:
-        """Scores (B,) by --reward-fn, which gets prompts, responses and, if it takes more, the rows' other columns."""
-        names = examples[0].columns if len(inspect.signature(self.function).parameters) > 2 else ()
+        """Scores (B,) by --reward-fn, which gets prompts, responses and those of the rows' columns that it takes."""
+        takes = inspect.signature(self.function).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+        names = (name for name in examples[0].columns if takes_all or name in takes)
         columns = {name: [x.columns[name] for x in examples] for name in names}
         scores = self.function([x.prompt for x in examples], decode(examples, self.tokenizer), **columns)
-        scores = torch.tensor([float(score) for score in scores], device=self.args.device)
-        if len(scores) != len(examples) or not scores.isfinite().all():
-            found = f"{len(scores)} scores for {len(examples)} responses, or one is not finite"
-            raise UserError(f"--reward-fn {self.args.reward_fn} returned {found}")
+        with user_error_in(f"--reward-fn {self.args.reward_fn} returned something else"):
+            scores = torch.tensor([float(score) for score in scores], device=self.args.device)
+            if len(scores) != len(examples) or not scores.isfinite().all():
+                raise ValueError(f"{len(scores)} scores for {len(examples)} responses, or one is not finite")
         return scores
 
     def score_texts(self, examples: list[Example]) -> Tensor:
@@ -908,7 +909,7 @@ def play(args: Args) -> None:
     """Prints a response to --prompt of the policy in a run folder."""
     policy = load_model(Path(args.play, "policy"), args)
     with user_error_in(f"--prompt {args.prompt}"):
-        prompt = json.loads(args.prompt) if args.prompt.startswith("[") else args.prompt
+        prompt = json.loads(args.prompt) if args.prompt.startswith("[{") else args.prompt
         text, tokens = encode_prompt(prompt, policy.tokenizer)
     torch.manual_seed(args.seed)
     print(text + decode(policy.generate([Example(prompt, text, tokens, [], [], None, {})]), policy.tokenizer)[0])
@@ -1002,8 +1003,8 @@ def main() -> None:
             raise UserError(f"--{name.replace('_', '-')} has no effect with the other flags, or so late in a run")
     above_0 = "response_length temperature sft_batch_size num_feedback reward_batch_size total_episodes batch_size"
     above_0 += " num_minibatches micro_batch_size update_epochs learning_rate max_grad_norm checkpoint_interval"
-    for name in f"{above_0} clip_coef eval_samples".split():
-        if not 0 < getattr(args, name) < math.inf:
+    for name in f"{above_0} clip_coef eval_samples reward_steps kl_horizon kl_target".split():
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be above 0 and finite")
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     multiple = args.num_minibatches * args.micro_batch_size * world_size
@@ -1012,6 +1013,7 @@ def main() -> None:
         f"--batch-size must be a multiple of minibatches × micro-batch × processes, {multiple}": not fits,
         "--total-episodes must be a multiple of --batch-size": args.total_episodes % args.batch_size,
         "--reward-fn excludes --reward-model": args.reward_model and args.reward_fn,
+        "--seed, --lora-rank, --sft-steps must be at least 0": min(args.seed, args.lora_rank, args.sft_steps) < 0,
         "--kl-target adapts --kl-coef by factors, and 0 stays 0": args.kl_target and args.kl_coef == 0,
         "--sft-steps 0 is for a --model that can write": args.model == "embedded" and args.sft_steps == 0,
         f"--device {args.device}: PyTorch sees no GPU": "cuda" in args.device and not torch.cuda.is_available(),

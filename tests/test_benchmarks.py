@@ -333,7 +333,8 @@ def test_unknown_suite():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert (
-        done.stderr == "error: there is no suite classics: choose one of cheerful, classic, llm, mujoco, pizza, rlhf\n"
+        done.stderr == "error: there is no suite classics: choose one of cheerful, classic, llm, llm_body, llm_memory, "
+        "llm_reinforce, mujoco, pizza, rlhf\n"
     )
 
 
@@ -662,7 +663,12 @@ def test_what_does_not_show_the_results_is_noticed(tmp_path, monkeypatch):
         plot.stale()
 
 
-@pytest.mark.parametrize("name", ["classic", "mujoco", "llm", "pizza", "rlhf"])
+UNDER_WAY = pytest.mark.xfail(reason="further seeds are to be run", strict=True)
+SUITES = ["classic", "mujoco", "llm", "llm_reinforce", "pizza", "rlhf"]
+SUITES += [pytest.param(name, marks=UNDER_WAY) for name in ("llm_body", "llm_memory")]
+
+
+@pytest.mark.parametrize("name", SUITES)
 def test_committed_results_are_complete(name):
     """Every seed of every group, made by the suite's command, with one version of the code."""
     suite = load_suite(name)

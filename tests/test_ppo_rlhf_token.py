@@ -808,9 +808,11 @@ def test_reward_functions_get_the_row(tmp_path, monkeypatch):
     assert (scores <= torch.tensor(answers)).all()
 
 
-@pytest.mark.parametrize("body", ["return [1.0]", "return [float('nan')] * len(prompts)"])
+@pytest.mark.parametrize(
+    "body", ["return [1.0]", "return [float('nan')] * len(prompts)", "return [None]", "return None"]
+)
 def test_a_bad_reward_function(tmp_path, body):
-    with pytest.raises(ppo.UserError, match=r"reward returned .* scores for \d+ responses"):
+    with pytest.raises(ppo.UserError, match=r"--reward-fn \S+:\w+ returned"):
         quick_run(tmp_path / "run", reward_fn=reward_file(tmp_path, body))
 
 
