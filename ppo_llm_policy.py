@@ -6,7 +6,7 @@
 """PPO with a language model as the policy of a control task, in any gymnasium environment with Discrete or Box actions.
 
     python ppo_llm_policy.py                            # CartPole-v1, a tiny untrained Qwen2: return 500 in a minute
-    python ppo_llm_policy.py --llm-id Qwen/Qwen2-0.5B --learning-rate 3e-4 --run-dir runs/qwen    # hub id or folder
+    python ppo_llm_policy.py --llm-id Qwen/Qwen2-0.5B --learning-rate 1e-3 --run-dir runs/qwen    # hub id or folder
     python ppo_llm_policy.py --play runs/qwen           # returns of the policy that this run saved
     python ppo_llm_policy.py --resume runs/qwen         # goes on from the last checkpoint of a run that was stopped
     torchrun --nproc-per-node 2 ppo_llm_policy.py       # two processes, each with half of the environments

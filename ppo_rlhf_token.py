@@ -27,9 +27,8 @@ PPO repeats one iteration, which is numbered in `rollout`, `update` and `train`:
 To change the loss edit `ppo_loss`, the form of the data `parse_row`. Another reward is a function for --reward-fn: it
 gets prompts, responses and by name the data's other columns, all lists, and returns numbers, best spread by about 1.
 
-Without --dataset, a grammar writes restaurant reviews, and simulated people compare samples with a hidden gold score in
-mind, and err. The reward model knows these judgements alone, and PPO the reward model alone: so the run can tell
-whether the policy has become better, or only scores higher.
+Without --dataset, a grammar writes restaurant reviews, and simulated people compare samples by a hidden gold score, and
+err. PPO sees the reward model alone: so the run can tell whether the policy is better, or only scores higher.
 
 Shapes: B responses of a batch or part of it, P and L tokens of its longest prompt and response, M tokens of all of its
 responses, V tokens in the vocabulary, H numbers in a hidden state.
@@ -511,10 +510,9 @@ def train(args: Args, run_dir: Path) -> dict[str, float]:
 
     # Stage 3, PPO. Policy and reference start as the same model.
     reference = load_model(source, args)
-    torch.manual_seed(args.seed)
-    before = reference.generate(held_out[: args.eval_samples])  # what the policy is compared with
     torch.manual_seed(args.seed)  # the same new weights in all processes
     policy = reference.branch("policy")
+    before = reference.generate(held_out[: args.eval_samples])  # what the policy is compared with
     critic = policy  # by its head
     is_trained = reward_folder.exists()
     if args.critic == "separate":  # it starts as the reward model, which knows what is worth how much, but says 0
@@ -587,7 +585,7 @@ def evaluate(policy: Model, reference: Model, reward: "Reward", before: list[Exa
         kl += (log_probs - ref_log_probs).sum().item() / len(after)
     samples = {"prompt": [x.text for x in before]}
     for when, examples in (("before", before), ("after", after)):
-        samples |= {when: decode(examples, policy.tokenizer), f"score_{when}": reward(examples).tolist()}
+        samples |= {when: to_texts(examples, policy.tokenizer), f"score_{when}": reward(examples).tolist()}
         samples[f"eos_rate_{when}"] = [x.response[-1] == policy.end_id for x in examples]
         if args.dataset is None:
             samples[f"gold_{when}"] = gold_scores(examples, policy.tokenizer)
@@ -637,7 +635,7 @@ class Reward:
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
         names = (name for name in examples[0].columns if takes_all or name in takes)
         columns = {name: [x.columns[name] for x in examples] for name in names}
-        scores = self.function([x.prompt for x in examples], decode(examples, self.tokenizer), **columns)
+        scores = self.function([x.prompt for x in examples], to_texts(examples, self.tokenizer), **columns)
         with user_error_in(f"--reward-fn {self.args.reward_fn} returned something else"):
             scores = torch.tensor([float(score) for score in scores], device=self.args.device)
             if len(scores) != len(examples) or not scores.isfinite().all():
@@ -646,7 +644,7 @@ class Reward:
 
     def score_texts(self, examples: list[Example]) -> Tensor:
         """Scores (B,) by a model whose tokens are not the policy's."""
-        own, answers = self.model.tokenizer, decode(examples, self.tokenizer)
+        own, answers = self.model.tokenizer, to_texts(examples, self.tokenizer)
         texts = [x.text + answer for x, answer in zip(examples, answers)]
         is_chat = own.chat_template is not None and not isinstance(examples[0].prompt, str)
         if is_chat:
@@ -693,11 +691,13 @@ def parse_row(row: dict) -> tuple[str | list[dict], list[str], float | None]:
         starts = [messages[:-1] for messages in answers]
         if any(messages[-1]["role"] != "assistant" for messages in answers) or starts[0] != starts[-1]:
             raise ValueError("its messages do not end with the assistant's, or differ before that")
+        if isinstance(prompt, list) and starts[0][: len(prompt)] != prompt:  # which they may or may not repeat
+            starts[0] = prompt + starts[0]
         prompt, answers = starts[0] or prompt, [messages[-1]["content"] for messages in answers]
     elif prompt is None and len(answers) == 2:  # whole dialogues as text
-        prompt, turn = os.path.commonprefix(answers), "\n\nAssistant:"  # noqa: RUF071
-        if turn in prompt:
-            prompt = prompt[: prompt.rindex(turn) + len(turn)]
+        both = os.path.commonprefix(answers)  # noqa: RUF071
+        start, turn, _ = both.rpartition("\n\nAssistant:")
+        prompt = start + turn or both.rpartition(" ")[0]  # without turns, it is whole words
         answers = [answer[len(prompt) :] for answer in answers]
     if not prompt or not isinstance(prompt, str | list) or not all(isinstance(text, str) for text in answers):
         raise ValueError("it has no prompt, or a response that is no text")
@@ -714,7 +714,7 @@ def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer) -> tuple[str, 
     return text, tokenizer.encode(text, add_special_tokens=False)  # the template has them already
 
 
-def decode(examples: list[Example], tokenizer: Tokenizer) -> list[str]:
+def to_texts(examples: list[Example], tokenizer: Tokenizer) -> list[str]:
     """Responses as texts that can follow the prompts: what is between the two, such as a space, is theirs."""
     text = partial(tokenizer.decode, skip_special_tokens=True)
     return [text(x.tokens + x.response)[len(text(x.tokens)) :] for x in examples]
@@ -912,7 +912,7 @@ def play(args: Args) -> None:
         prompt = json.loads(args.prompt) if args.prompt.startswith("[{") else args.prompt
         text, tokens = encode_prompt(prompt, policy.tokenizer)
     torch.manual_seed(args.seed)
-    print(text + decode(policy.generate([Example(prompt, text, tokens, [], [], None, {})]), policy.tokenizer)[0])
+    print(text + to_texts(policy.generate([Example(prompt, text, tokens, [], [], None, {})]), policy.tokenizer)[0])
 
 
 # -------------------------------------------------------------------------------------------------- made-up reviews
@@ -956,7 +956,7 @@ def gold_score(review: str) -> float:
 
 def gold_scores(examples: list[Example], tokenizer: Tokenizer) -> list[float]:
     """Gold scores of reviews."""
-    return [gold_score(x.text + text) for x, text in zip(examples, decode(examples, tokenizer))]
+    return [gold_score(x.text + text) for x, text in zip(examples, to_texts(examples, tokenizer))]
 
 
 def ask_people(model: Model, examples: list[Example], args: Args) -> list[Example]:
@@ -976,7 +976,7 @@ def main() -> None:
     args = tyro.cli(Args)
     if (args.run_dir, args.resume, args.play).count(None) < 2:
         raise UserError("give only one of --run-dir, --resume and --play")
-    earlier_run, is_play, before = args.resume or args.play, args.play is not None, Args()
+    earlier_run, before = args.resume or args.play, Args()
     if earlier_run:  # its flags, but for those that are given now
         config = Path(earlier_run, "config.json")
         try:
@@ -985,8 +985,7 @@ def main() -> None:
         except (OSError, TypeError, ValueError) as error:
             raise UserError(f"{config} is missing, damaged or of another script: {error}") from error
     has_reward = args.reward_model or args.reward_fn
-    unused = "" if is_play else "prompt "
-    unused += "num_feedback " if args.dataset or has_reward else ""
+    unused = "prompt num_feedback " if args.dataset or has_reward else "prompt "
     unused += "reward_steps reward_batch_size reward_learning_rate " if has_reward else ""
     unused += "sft_batch_size sft_learning_rate " if args.sft_steps == 0 else ""
     unused += "lora_alpha " if args.lora_rank == 0 else ""
@@ -994,8 +993,9 @@ def main() -> None:
     unused += "kl_horizon " if args.kl_target is None else ""
     names = [*vars(args)]
     if earlier_run:  # stages 1 and 2 are over, and their models are what those of PPO are made of
-        unused += " ".join(names[: names.index("total_episodes")]) + " critic lora_rank lora_alpha kl_coef"
-    if is_play:
+        unused += " ".join(names[: names.index("total_episodes")])
+        unused += " critic lora_rank lora_alpha kl_coef batch_size eval_samples"
+    if args.play:
         used = "seed response_length temperature bf16 device prompt run_dir resume play"
         unused = " ".join(name for name in names if name not in used.split())
     for name in unused.split():
@@ -1025,7 +1025,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     if args.model == "embedded":
         torch.set_num_threads(1)  # more only slow networks of this size down
-    if is_play:
+    if args.play:
         return play(args)
     run_name = f"{Path(args.dataset or 'reviews').stem}__{Path(__file__).stem}__{args.seed}"
     run_dirs = [earlier_run or args.run_dir or f"runs/{run_name}__{time.strftime('%Y%m%d-%H%M%S')}"]

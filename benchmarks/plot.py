@@ -27,23 +27,8 @@ from suite import RESULTS, ROOT, SUITES, BenchmarkError, Suite, code_hash, diffe
 
 FIGURES = Path(__file__).parent / "figures"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/*.md")))
-ORDER = (
-    "classic",
-    "mujoco",
-    "llm",
-    "llm_memory",
-    "llm_reinforce",
-    "llm_body",
-    "pizza",
-    "rlhf",
-)  # of the suites in tables
-OVERVIEW = (  # scripts in the order of the README
-    "ppo_mlp_discrete.py",
-    "ppo_mlp_continuous.py",
-    "ppo_llm_policy.py",
-    "ppo_char_lm_pizza.py",
-    "ppo_rlhf_token.py",
-)
+# Suites in the order of tables.
+ORDER = ("classic", "mujoco", "llm", "llm_memory", "llm_reinforce", "llm_body", "pizza", "rlhf")
 SPEED = ("discrete", "continuous", "llm", "rlhf", "rlhf_memory")  # suites of speed.py
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
 
@@ -174,9 +159,10 @@ def draw(suite: Suite, groups: list[Group]) -> Figure:
 def draw_overview(loaded: dict[str, tuple[Suite, list[Group]]]) -> Figure:
     """A panel for each script: the first task with our own setting, of 40 points at most. For any background."""
     figure = Figure(figsize=(10, 2.2), layout="constrained")
-    firsts = {suite.script: (suite, group) for suite, groups in reversed(loaded.values()) for group in groups[:1]}
-    for i, script in enumerate(sorted(firsts, key=OVERVIEW.index), 1):
-        suite, group = firsts[script]
+    firsts = {}
+    for suite, groups in loaded.values():
+        firsts.setdefault(suite.script, (suite, groups[0]))
+    for i, (script, (suite, group)) in enumerate(firsts.items(), 1):
         axes = figure.add_subplot(1, len(firsts), i)
         step = -(-(suite.until // suite.grid) // 40)
         x = np.arange(suite.grid, suite.until + 1, suite.grid)[::step]
@@ -198,6 +184,12 @@ def fingerprint(suite: Suite, groups: list[Group]) -> str:
     sums = sorted(record["sha256"] for group in groups for record in group.records)
     sources = [*sums, (SUITES / f"{suite.name}.toml").read_text(), code_hash(Path(__file__))]
     return "drawn from " + hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
+
+
+def fingerprints(loaded: dict[str, tuple[Suite, list[Group]]]) -> dict[str, str]:
+    """Which results each figure was drawn from; the overview from all."""
+    each = {name: fingerprint(suite, groups) for name, (suite, groups) in loaded.items()}
+    return each | {"overview": " ".join(each.values())}
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -424,9 +416,9 @@ def stale() -> list[Path]:
     """Documents and figures that do not show the results that are there."""
     loaded = load_all(RESULTS)
     wrong = [path for path, text in documents_now(loaded).items() if path.read_text() != text]
-    for name, (suite, groups) in loaded.items():
+    for name, source in fingerprints(loaded).items():
         path = FIGURES / f"{name}.svg"
-        if not path.exists() or fingerprint(suite, groups) not in path.read_text():
+        if not path.exists() or source not in path.read_text():
             wrong.append(path)
     return wrong
 
@@ -471,7 +463,8 @@ def main() -> None:
     for suite, groups in loaded.values():
         save_figure(suite, groups, FIGURES)
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters as outlines would double its size
-        draw_overview(loaded).savefig(FIGURES / "overview.svg", metadata={"Date": None})
+        metadata = {"Date": None, "Description": fingerprints(loaded)["overview"]}
+        draw_overview(loaded).savefig(FIGURES / "overview.svg", metadata=metadata)
     print(f"wrote {len(documents)} documents and {len(loaded) + 1} figures")
 
 

@@ -656,7 +656,7 @@ def test_what_does_not_show_the_results_is_noticed(tmp_path, monkeypatch):
     labels = tmp_path / "suites/rlhf.toml"
     labels.write_text(labels.read_text().replace("gold score", "golden score"))
     assert {path.name for path in plot.stale()} == {
-        documents[1].name, "llm.svg", "pizza.svg", "rlhf.svg"
+        documents[1].name, "llm.svg", "overview.svg", "pizza.svg", "rlhf.svg"
     }  # fmt: skip
     documents[1].write_text(readme.replace("<!-- plot.py: speed -->", ""))
     with pytest.raises(BenchmarkError, match="no document has a place for the table speed"):

@@ -30,7 +30,7 @@ BUDGETS = {
 }
 # What each script has in a form of its own, under one name, so that their diff is a lesson.
 OWN = {"Args", "Batch", "Policy", "ppo_loss", "minibatches", "make_envs", "train", "evaluate", "play", "main"}
-OWN |= {"load_policy", "Transformer", "decode"}
+OWN |= {"load_policy", "Transformer"}
 # Of these, the MLP scripts, whose policies give log-probs and entropies alike, have one text.
 MLP_PAIR = {"ppo_loss"}
 

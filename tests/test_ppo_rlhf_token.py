@@ -699,7 +699,13 @@ HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why?\n\nAssistant:"
             {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")], "score_chosen": 8.5},
             ([user("a")], ["b", "c"], None),
         ),
+        (  # further turns follow the prompt, which may be repeated
+            {"prompt": [user("a")], "completion": [assistant("b"), user("c"), assistant("d")]},
+            ([user("a"), assistant("b"), user("c")], ["d"], None),
+        ),
+        ({"prompt": [user("a")], "messages": [user("a"), assistant("b")]}, ([user("a")], ["b"], None)),
         ({"chosen": HH + " I see", "rejected": HH + " I think"}, (HH, [" I see", " I think"], None)),
+        ({"chosen": "I have a cat", "rejected": "I have a car"}, ("I have a", [" cat", " car"], None)),
         ({"messages": [user("a"), assistant("b")]}, ([user("a")], ["b"], None)),
         ({"messages": [user("a"), assistant("b"), user("c")]}, ([user("a"), assistant("b"), user("c")], [], None)),
     ],
