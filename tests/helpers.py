@@ -3,6 +3,7 @@
 import ast
 import copy
 import csv
+import importlib.util
 import os
 import re
 import subprocess
@@ -18,6 +19,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parent.parent
 PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 ENVIRONMENT = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+
+
+def patched(recipe, folder):
+    """The module that recipes/RECIPE.patch makes of its script, in folder; asserts that the patch applies exactly."""
+    script, _ = recipe.split("__")
+    path = Path(folder) / f"{recipe}.py"
+    patch = ["patch", "--fuzz=0", "-o", path, ROOT / f"{script}.py", ROOT / "recipes" / f"{recipe}.patch"]
+    said = subprocess.run(patch, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stdout
+    assert "offset" not in said.stdout, said.stdout  # the lines of a patch are those of today's script
+    spec = importlib.util.spec_from_file_location(recipe, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[recipe] = module  # where dataclasses look up annotations
+    spec.loader.exec_module(module)
+    return module
 
 
 def read_metrics(run_dir, with_time=False):
