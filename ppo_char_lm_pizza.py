@@ -201,7 +201,7 @@ def masked_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_
     """Generalised advantage estimates (B, L) (GAE paper, eq. 16), 0 outside the mask.
 
     rewards: (B, L), of each token. values: (B, L), of the text before it. mask: (B, L), true on the tokens of a
-    response, which come first in their row. After the last one nothing can follow: the value there is 0.
+    response, which come first in their row. The last one ends it, cut off or not: the value after it is 0.
     """
     next_values = functional.pad((values * mask)[:, 1:], (0, 1))  # (B, L)
     deltas = (rewards + gamma * next_values - values) * mask  # TD errors

@@ -520,6 +520,9 @@ def test_19_scores_are_normalised_on_the_reference(tmp_path, monkeypatch):
     assert abs(raw.mean()) > 1e-3
     torch.testing.assert_close(rewards[2], (raw - raw.mean()) / raw.std())  # in evaluate, of the same responses
     assert summary["score_before"] == pytest.approx(0, abs=1e-5)
+    monkeypatch.setattr(ppo.Model, "scores", lambda model, examples: 1 + 0 * model.values(examples)[:, 0])
+    _, summary = quick_run(tmp_path / "constant", total_episodes=16, response_length=4)
+    assert summary["score_before"] == summary["score_after"] == 0  # not NaN
 
 
 @both_critics
@@ -797,13 +800,16 @@ def test_simulated_people_follow_the_gold_score_and_err(tmp_path):
 
 
 def test_reward_functions_get_the_row(tmp_path, monkeypatch):
-    """They see prompts as they are in the data, responses as texts that follow them, and all other columns."""
+    """They see prompts as they are in the data, responses as texts that follow them, and all other columns. Their file
+    may import what is beside it."""
     rows = [{"prompt": f"the soup {i}", "response": "was great .", "answer": i, "tags": ["x"] * i} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     body = """assert set(columns) == {"response", "tags"} and len(columns["tags"]) == len(answer)
     assert all(p == f"the soup {a}" and t == ["x"] * a for p, a, t in zip(prompts, answer, columns["tags"]))
     assert not any("[" in r for r in responses)
-    return [a - len(r) for a, r in zip(answer, responses)]"""
+    from length_of_a_response import length
+    return [a - length(r) for a, r in zip(answer, responses)]"""
+    (tmp_path / "length_of_a_response.py").write_text("length = len")
     flags = {"dataset": str(tmp_path / "rows.jsonl")}
     flags["reward_fn"] = reward_file(tmp_path, body, ", answer, **columns")
     _, calls = spied_run(tmp_path, monkeypatch, **flags, missing_eos_penalty=0.0)
