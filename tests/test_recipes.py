@@ -16,6 +16,7 @@ ENV_IDS = {
     "ppo_mlp_discrete": "CartPole-v1",
     "ppo_mlp_continuous": "Pendulum-v1",
     "ppo_mlp_discrete__action_masks": "Taxi-v4",
+    "ppo_mlp_discrete__pixels": "recipe_envs:Spot-v0",
 }
 # Whose runs need data: test_recipes_rlhf.py has them.
 RUN_ELSEWHERE = "ppo_rlhf_token__"
@@ -44,7 +45,7 @@ def test_applies_exactly_and_is_short_and_explained(recipe, tmp_path, monkeypatc
     assert re.search(r"(?m)^Source: .*|^Convention: .*", head)
     assert re.search(r"(?m)^Reached: .*", head)
     assert max(map(len, head.splitlines())) <= 120
-    (command,) = re.findall(r"my_ppo\.py( --.*|)$", head, re.M)
+    (command,) = re.findall(r"python my_ppo\.py( --.*|)$", head.replace(" \\\n", " "), re.M)
     tyro.cli(module.Args, args=shlex.split(command))
     assert f"{script}.py" not in module.__doc__  # its commands are those of the file that it has become
     with pytest.raises(SystemExit) as stopped:

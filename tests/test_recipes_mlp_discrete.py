@@ -2,57 +2,15 @@
 
 import copy
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from helpers import Spy, mistake, patched, read_metrics
 from scipy.stats import chisquare
 
 import ppo_mlp_discrete as plain
 
 # --------------------------------------------------------------------------------------------------------- action_masks
-
-
-class Doors(gym.Env):
-    """One-step episodes: some of four actions, which start at 5, are allowed, and the last of these is the best."""
-
-    action_space = Discrete(4, start=5)
-    observation_space = Box(0, 1, (1,), np.float32)
-    where = "info"
-
-    def reset(self, *, seed=None, options=None):
-        """An observation that tells nothing."""
-        super().reset(seed=seed)
-        self.mask = self.np_random.permutation([1, 1, 0, 0]).astype(np.int8)
-        return self.show()
-
-    def step(self, action):
-        """Ends the episode, after which no action is allowed."""
-        assert self.mask[action - 5]
-        reward = float(action - 5 == self.mask.nonzero()[0][-1])
-        self.mask = np.zeros(4, np.int8)
-        obs, info = self.show()
-        return obs, reward, True, False, info
-
-    def show(self):
-        """Observation and info, of which one has the mask."""
-        return np.zeros(1, np.float32), {"action_mask": self.mask}
-
-
-class DictDoors(Doors):
-    """The same, with a Dict in which the mask comes before the observation."""
-
-    observation_space = Dict(action_mask=Box(0, 1, (4,), np.int8), observation=Box(0, 1, (1,), np.float32))
-
-    def show(self):
-        """The mask is in the observation."""
-        return {"observation": np.zeros(1, np.float32), "action_mask": self.mask}, {}
-
-
-gym.register("Doors-v0", Doors)
-gym.register("DictDoors-v0", DictDoors)
 
 
 @pytest.fixture
@@ -99,10 +57,12 @@ def test_masked_actions_are_never_chosen(masks, tmp_path, monkeypatch):
     assert set(policy.act(obs, greedy=True)) <= {1, 2}
 
 
-@pytest.mark.parametrize("env_id", ["Doors-v0", "DictDoors-v0"])
-def test_masks_in_info_and_in_observations(masks, tmp_path, env_id):
+@pytest.mark.parametrize("doors", ["Doors", "DictDoors"])
+def test_masks_in_info_and_in_observations(masks, tmp_path, doors):
     """Played actions are allowed, or the environment would fail, and from the mask the best one is learned."""
-    args = masks.Args(env_id=env_id, total_timesteps=1500, num_envs=4, num_steps=32, learning_rate=5e-3)
+    args = masks.Args(
+        env_id=f"recipe_envs:{doors}-v0", total_timesteps=1500, num_envs=4, num_steps=32, learning_rate=5e-3
+    )
     masks.train(args, tmp_path / "run")
     assert masks.evaluate(args, tmp_path / "run")["eval_return_greedy"] == 1.0
 
@@ -115,28 +75,6 @@ def test_without_masks_the_run_ends(masks, tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------------- multidiscrete
-
-
-class Code(gym.Env):
-    """One-step episodes: the observation is a code of two numbers, the action has to repeat it. 3 and 2 choices that
-    start at 1 and -1, as a matrix of one column."""
-
-    observation_space = Box(0, 2, (2,), np.float32)
-    action_space = MultiDiscrete([[3], [2]], start=[[1], [-1]])
-
-    def reset(self, *, seed=None, options=None):
-        """A new code."""
-        super().reset(seed=seed)
-        self.code = self.np_random.integers([3, 2])
-        return self.code.astype(np.float32), {}
-
-    def step(self, action):
-        """Half a reward for each component."""
-        assert self.action_space.contains(action)
-        return self.code.astype(np.float32), np.mean(action[:, 0] - [1, -1] == self.code), True, False, {}
-
-
-gym.register("Code-v0", Code)
 
 
 @pytest.fixture
@@ -174,7 +112,9 @@ def test_components_are_sampled_independently(multidiscrete):
 
 def test_each_component_is_learned(multidiscrete, tmp_path):
     """In an action space whose components start at other numbers than 0 and stand in a matrix."""
-    args = multidiscrete.Args(env_id="Code-v0", total_timesteps=3000, num_envs=4, num_steps=32, learning_rate=5e-3)
+    args = multidiscrete.Args(
+        env_id="recipe_envs:Code-v0", total_timesteps=3000, num_envs=4, num_steps=32, learning_rate=5e-3
+    )
     multidiscrete.train(args, tmp_path / "run")
     assert multidiscrete.evaluate(args, tmp_path / "run")["eval_return_greedy"] == 1.0
 
@@ -263,3 +203,159 @@ def test_fast_refuses_what_numpy_does_not_know(fast, tmp_path, monkeypatch, chan
         monkeypatch.setattr(fast, "ppo_loss", lambda p, c, b, *a: (loss(p, c, b, *a)[0] + p.actor(b.obs).mean(), {}))
     with pytest.raises(fast.UserError, match="ppo_gradient and NumpyMLP"):
         fast.train(fast.Args(total_timesteps=100), tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------------------------------------- pixels
+
+
+@pytest.fixture
+def pixels(tmp_path):
+    return patched("ppo_mlp_discrete__pixels", tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(10, 10, 4), (12, 14, 3), (4, 84, 84), (210, 160, 3)])
+def test_a_network_for_images_of_any_size(pixels, shape):
+    """MinAtar's, our own, frames of an Atari game as usual and as they are. Each pixel has a part in the outputs."""
+    network = pixels.CNN(shape, 255, 6, output_gain=1.0)
+    images = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8)
+    outputs = network(images)
+    assert outputs.shape == (2, 3, 6)
+    torch.testing.assert_close(network(images[1, 2]), outputs[1, 2], rtol=1e-3, atol=1e-5)
+    pixel = images.float().requires_grad_()
+    (gradient,) = torch.autograd.grad(network(pixel).square().sum(), pixel)
+    assert (gradient != 0).float().mean() > 0.5  # of the rest, the units are at 0
+    assert sum(parameter.numel() for parameter in network.parameters()) < 300_000
+
+
+def test_pixels_are_scaled_to_1(pixels):
+    """Bytes and bools that show the same give the same."""
+    torch.manual_seed(0)
+    first = pixels.CNN((10, 10, 4), 255, 3, 1.0)
+    torch.manual_seed(0)
+    second = pixels.CNN((10, 10, 4), 1, 3, 1.0)
+    image = torch.rand(5, 10, 10, 4) < 0.2
+    torch.testing.assert_close(first(255 * image.to(torch.uint8)), second(image))
+
+
+def test_images_are_kept_as_bytes(pixels, tmp_path, monkeypatch):
+    spy, batches, minibatches = Spy(pixels, monkeypatch), [], pixels.minibatches
+    monkeypatch.setattr(pixels, "minibatches", lambda batch, args: (batches.append(batch), minibatches(batch, args))[1])
+    pixels.train(pixels.Args(env_id="recipe_envs:Spot-v0", num_envs=2, num_steps=8, total_timesteps=10), tmp_path / "a")
+    obs, *_, rows = spy.rollout(0, 8)
+    assert batches[0].obs.dtype == torch.uint8
+    assert (batches[0].obs.numpy() == obs[:-1][rows]).all()
+    assert obs.max() == 255
+
+
+def test_the_bright_half_is_learned(pixels, tmp_path):
+    flags = {"total_timesteps": 2000, "num_envs": 8, "num_steps": 32, "update_epochs": 4, "learning_rate": 2e-3}
+    args = pixels.Args(env_id="recipe_envs:Spot-v0", **flags)
+    pixels.train(args, tmp_path / "run")
+    assert pixels.evaluate(args, tmp_path / "run")["eval_return_greedy"] > 1.8
+
+
+@pytest.mark.parametrize(
+    ("package", "env_id", "mode", "shape"),
+    [
+        ("minatar.gym", "MinAtar/Breakout-v1", None, (10, 10, 4)),
+        ("ale_py", "ale_py:ALE/Pong-v5", "sync", (210, 160, 3)),
+        ("ale_py", "ale_py:ALE/Pong-v5", None, (4, 84, 84)),
+    ],
+)
+def test_images_of_minatar_and_ale(pixels, tmp_path, package, env_id, mode, shape):
+    """Screens as they are, and the stacks of frames that ALE's own vector environments make."""
+    module = pytest.importorskip(package)
+    if package == "minatar.gym":
+        module.register_envs()
+    flags = {"num_envs": 2, "num_steps": 4, "num_minibatches": 1, "update_epochs": 1, "total_timesteps": 8}
+    args = pixels.Args(env_id=env_id, vectorization_mode=mode, **flags)
+    assert pixels.train(args, tmp_path / "run")["global_step"] == 8
+    assert pixels.load(tmp_path / "run/policy.pt")["spec"][0] == shape
+    assert 0 <= pixels.load_policy(tmp_path / "run").act(np.zeros(shape, np.uint8), greedy=True) < 6
+
+
+def test_what_shows_no_images_ends_with_a_line(pixels, tmp_path, monkeypatch):
+    for env_id in ("CartPole-v1", "recipe_envs:Code-v0", "FrozenLake-v1", "recipe_envs:DictDoors-v0"):
+        assert env_id in mistake(pixels, monkeypatch, "--env-id", env_id, "--run-dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ recurrent
+
+
+@pytest.fixture
+def recurrent(tmp_path):
+    return patched("ppo_mlp_discrete__recurrent", tmp_path)
+
+
+def test_the_hidden_state_is_reset_exactly_at_episode_starts(recurrent, tmp_path, monkeypatch):
+    """Over three rollouts, log-probs and values are those of a GRU cell that is stepped by hand through each episode,
+    from zeros where it starts, and from the state of the rollout before where it does not."""
+    spy, batches, minibatches = Spy(recurrent, monkeypatch), [], recurrent.minibatches
+    monkeypatch.setattr(
+        recurrent, "minibatches", lambda batch, args: (batches.append(batch), minibatches(batch, args))[1]
+    )
+    flags = {"num_envs": 3, "num_steps": 10, "num_minibatches": 2, "update_epochs": 1, "total_timesteps": 60}
+    recurrent.train(recurrent.Args(env_id="recipe_envs:Echo-v0", **flags), tmp_path / "run")
+    assert len(batches) == 3
+    hidden, is_first = torch.zeros(3, 64), np.ones(3, bool)
+    for i, batch in enumerate(batches):
+        policy, critic, _ = spy.calls[2 * i]
+        cell = torch.nn.GRUCell(1, 64)
+        cell.load_state_dict({name.removesuffix("_l0"): value for name, value in policy.memory.state_dict().items()})
+        obs, actions, *_, rows = spy.rollout(i, 10)
+        expected = {n: [] for n in range(3)}
+        for t, n in np.ndindex(10, 3):
+            if is_first[n]:
+                hidden[n] = 0
+                assert obs[t, n, 0] in (-1, 1)
+            starts, before = bool(is_first[n] or t == 0), hidden[n].clone()
+            hidden[n] = cell(torch.tensor(obs[t, n]), before).detach()
+            is_first[n] = not rows[t, n]  # a step that only resets leads to a first observation
+            if rows[t, n]:
+                log_prob = policy.actor(hidden[n]).log_softmax(-1)[actions[t, n]].item()
+                expected[n].append((starts, log_prob, critic(hidden[n]).item(), before if starts else None))
+        for (starts, log_prob, value, before), *ours in zip(
+            [row for rows_of_env in expected.values() for row in rows_of_env],
+            batch.starts,
+            batch.log_probs,
+            batch.values,
+            batch.hidden,
+        ):
+            assert ours[0].item() == starts
+            assert [ours[1].item(), ours[2].item()] == pytest.approx([log_prob, value], abs=1e-5)
+            if starts:
+                torch.testing.assert_close(ours[3], before, rtol=1e-4, atol=1e-5)
+        assert len(batch.starts) == rows.sum()
+
+
+def test_the_ratio_is_one_before_the_first_step(recurrent, tmp_path, monkeypatch):
+    """Sequences run at once say what the policy said step by step."""
+    spy = Spy(recurrent, monkeypatch)
+    recurrent.train(recurrent.Args(total_timesteps=900, num_minibatches=1, update_epochs=1), tmp_path / "run")
+    for policy, _, batch in spy.calls:
+        log_probs, _ = policy.evaluate_actions(policy.remember(batch), batch.actions)
+        torch.testing.assert_close(log_probs, batch.log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_every_sequence_once_per_pass_and_whole(recurrent):
+    starts = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0, 0, 0], dtype=torch.bool)
+    column = torch.arange(10)
+    batch = recurrent.Batch(*[starts if name == "starts" else column for name in recurrent.Batch._fields])
+    parts = list(recurrent.minibatches(batch, recurrent.Args(num_minibatches=3, update_epochs=8)))
+    wholes = [{0, 1, 2}, {3}, {4, 5}, {6, 7, 8, 9}]
+    for first in range(0, len(parts), 2):  # of four sequences, three minibatches are two of two
+        rows = [part.actions.tolist() for part in parts[first : first + 2]]
+        assert sorted(rows[0] + rows[1]) == column.tolist()
+        for part in rows:
+            assert part == sorted(part)
+            assert all(whole <= set(part) or not whole & set(part) for whole in wholes)
+    assert len({tuple(part.actions.tolist()) for part in parts}) > 4
+
+
+def test_what_was_seen_is_remembered(recurrent, tmp_path):
+    """Without a memory, a return of 2.75 is the most that Echo gives on average; 4.5 is all."""
+    flags = {"total_timesteps": 4000, "num_steps": 32, "update_epochs": 4, "learning_rate": 3e-3, "gamma": 0.5}
+    args = recurrent.Args(env_id="recipe_envs:Echo-v0", eval_episodes=50, **flags)
+    recurrent.train(args, tmp_path / "run")
+    assert recurrent.evaluate(args, tmp_path / "run")["eval_return_greedy"] > 4
