@@ -79,7 +79,7 @@ class Spot(gym.Env):
 
     def image(self):
         """Noise, and a spot."""
-        image = self.np_random.integers(0, 100, (12, 14, 3), np.uint8)
+        image = self.np_random.integers(0, 20, (12, 14, 3), np.uint8)
         row, self.column = self.np_random.integers([12, 14])
         image[row, self.column] = 255
         return image

@@ -248,7 +248,7 @@ def test_images_are_kept_as_bytes(pixels, tmp_path, monkeypatch):
 
 
 def test_the_bright_half_is_learned(pixels, tmp_path):
-    flags = {"total_timesteps": 2000, "num_envs": 8, "num_steps": 32, "update_epochs": 4, "learning_rate": 2e-3}
+    flags = {"total_timesteps": 4000, "num_envs": 8, "num_steps": 32, "update_epochs": 4, "learning_rate": 2e-3}
     args = pixels.Args(env_id="recipe_envs:Spot-v0", **flags)
     pixels.train(args, tmp_path / "run")
     assert pixels.evaluate(args, tmp_path / "run")["eval_return_greedy"] > 1.8
