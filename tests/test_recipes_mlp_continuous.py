@@ -105,7 +105,7 @@ def test_samples_keep_to_the_bounds_and_greedy_actions_are_modes(beta):
 
 def test_it_learns_to_go_to_the_bound_and_evaluates_modes(beta, tmp_path, monkeypatch):
     flags = {"num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 4, "learning_rate": 3e-3}
-    args = beta.Args(env_id="probe_envs:Edge-v0", total_timesteps=1500, gamma=0.9, eval_episodes=3, **flags)
+    args = beta.Args(env_id="probe_envs:Edge-v0", total_timesteps=1000, gamma=0.9, eval_episodes=3, **flags)
     beta.train(args, tmp_path)
     assert beta.evaluate(args, tmp_path)["eval_return_greedy"] > 1.5  # of -6 to 2
     seen, act = [], beta.Policy.act
