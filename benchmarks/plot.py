@@ -213,7 +213,7 @@ def save_figure(path: Path, draw: Callable[[], Figure], mark: str) -> None:
     with matplotlib.rc_context(STYLE), io.StringIO() as file:
         metadata = {"Date": None, "Creator": None, "Description": f"drawn from {mark}"}
         draw().savefig(file, format="svg", metadata=metadata)
-        text = re.sub(r" *\n *", "\n", file.getvalue())
+        text = re.sub(r" *\n *(L )?", "\n", file.getvalue())  # pairs of numbers after an M are lines, too
         path.write_text(re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.1f}", text))  # tenths of a point
 
 

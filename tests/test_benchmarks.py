@@ -378,7 +378,7 @@ def test_broken_and_foreign_results_are_not_drawn(toys, kind):
     if kind == "only there":  # a package that only some machines have makes no difference
         assert len(plot.load_results(suite, folder).runs) == 16
         return
-    with pytest.raises(BenchmarkError, match="and its .csv are not|does not belong"):
+    with pytest.raises(BenchmarkError, match=r"and its \.csv are not|does not belong"):
         plot.load_results(suite, folder)
 
 
