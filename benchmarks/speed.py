@@ -490,7 +490,7 @@ def main() -> None:
     suites = {"discrete": (discrete, 5), "continuous": (continuous, 5), "llm": (llm, 3), "rlhf": (rlhf, 3)}
     if DEVICE == "cpu":  # on a GPU, rlhf measures memory too
         suites["rlhf_memory"] = (partial(rlhf, on_cpu="memory"), 1)
-    names = [name for name in suites if args.suite in ("all", name)]
+    names = [name for name in suites if args.suite in ("all", name)] or ["rlhf"]
     if {"discrete", "continuous"} & {*names} and not args.cleanrl:
         sys.exit("error: --cleanrl wants a checkout of https://github.com/vwxyzjn/cleanrl")
     packages = ("torch", "transformers", "peft", "numpy", "gymnasium", "mujoco", "stable_baselines3", "trl")
