@@ -297,10 +297,10 @@ def trl_seconds(files: Path, batch: int, epochs: int, has_lora: bool, settings: 
     """Seconds of TRL's training."""
     import datasets
     import peft
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(files / "model")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(files / "model")
     prompts = [json.loads(line)["prompt"] for line in (files / "rows.jsonl").read_text().splitlines()]
     data = datasets.Dataset.from_list([{"input_ids": tokenizer.encode(prompt)} for prompt in prompts])
     settings |= {
