@@ -1,195 +1,220 @@
-"""Draws the results of all suites, writes the tables of benchmarks/README.md and renews all documents' line numbers.
+"""Draws the results of all suites, writes the tables of the documents and renews the line numbers of their links.
 
     python benchmarks/plot.py                           # writes them
     python benchmarks/plot.py --check                   # says what would change; exit code 1 if anything does
     python benchmarks/plot.py --results mine            # of a folder of your own: prints its tables, draws its figures
 
-Reads results/ and suites/ alone. A curve is the mean over the seeds with its 95 % bootstrap interval, each seed thin
-beneath it. The interquartile mean (IQM) over tasks, of normalised scores, follows Agarwal et al. 2021
-(https://arxiv.org/abs/2108.13264).
+A curve is the mean over the seeds with its 95 % bootstrap interval, each seed thin beneath it. Interquartile mean and
+probability of improvement over tasks follow Agarwal et al. 2021 (https://arxiv.org/abs/2108.13264).
 """
 
 import argparse
 import hashlib
+import io
 import json
 import re
 import statistics
 import sys
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
+import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from suite import RESULTS, ROOT, SUITES, BenchmarkError, Suite, code_hash, differences, load_suite, read_result
+from run import RESULTS, ROOT, SUITES, BenchmarkError, Suite, code_hash, differences, load_suite, read_result
 
 FIGURES = Path(__file__).parent / "figures"
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/*.md")))
-# Suites in the order of tables.
-ORDER = ("classic", "mujoco", "llm", "llm_memory", "llm_reinforce", "llm_body", "pizza", "rlhf")
-SPEED = ("discrete", "continuous", "llm", "rlhf", "rlhf_memory")  # suites of speed.py
+DOCUMENTS = (ROOT / "README.md", *sorted(ROOT.glob("*/*.md")))
+ORDER = ("classic", "mujoco", "llm", "pizza", "rlhf")  # of suites in the overview; others come after them
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
+STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "gray")
+STYLE |= dict.fromkeys(
+    ("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"
+)  # gray on nothing: for light and dark pages
+STYLE |= {
+    "font.size": 8,
+    "font.sans-serif": ["DejaVu Sans", "Arial"],
+    "axes.titlesize": 8,
+    "axes.grid": True,
+    "grid.color": "gray",
+    "grid.alpha": 0.25,
+}
+STYLE |= {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ppo",
+}  # equal results, equal file
 
 
 @dataclass
-class Group:
-    """All results of a task with a setting."""
+class Results:
+    """All results of a suite."""
 
-    task: str
-    setting: str
-    records: list[dict]  # of each seed
-    curves: dict[str, np.ndarray]  # metric: (S, P), seeds x points of the grid
+    suite: Suite
+    runs: pd.DataFrame  # a row per run: task, setting, the summary's figures, and what else its record has
+    curves: dict[tuple[str, str], pd.DataFrame]  # of task and setting: a row per step, columns (seed, metric)
 
-    def figure(self, name: str) -> np.ndarray:
-        """A figure of all seeds' summary.json, (S,)."""
-        return np.array([record["summary"][name] for record in self.records])
+    def groups(self) -> list[tuple[str, str, pd.DataFrame]]:
+        """Task, setting and runs of each pair of both."""
+        return [(*key, runs) for key, runs in self.runs.groupby(["task", "setting"], sort=False)]
+
+    def curve(self, task: str, setting: str, metric: str) -> pd.DataFrame:
+        """A row per step, a column per seed; some thirty steps, the last one among them."""
+        curve = self.curves[task, setting].xs(metric, axis=1, level=1)
+        return curve[:: -max(1, len(curve) // 30)][::-1]
 
 
-def load_results(suite: Suite, folder: Path) -> list[Group]:
-    """The suite's groups with the seeds that are there. Raises BenchmarkError for broken results, and for some that do
-    not belong together: another command than the suite's, or code or versions that differ among them."""
-    results = {(group["task"], group["setting"]): [] for group in suite.groups}
-    first = None
+def load_results(suite: Suite, folder: Path) -> Results:
+    """The suite's results in folder, as far as they are there. Raises BenchmarkError for broken ones, and for some that
+    do not belong together: another command than the suite's, or code or versions that differ among them."""
+    rows, curves = [], {}
     for run in suite.runs(suite.seeds):
-        result = read_result(suite, run, folder)
-        if result is None:
-            continue
-        record, _ = result
-        first = first or record
-        if other := differences(record, first | {"command": run.command}):
-            mend = f"python benchmarks/run.py {suite.name} --redo"
-            raise BenchmarkError(f"{folder / run.name}.json does not belong to the others, it has {other}: {mend}")
-        results[run.task, run.setting].append(result)
-    if not all(results.values()):
+        if result := read_result(suite, run, folder):
+            record, curve = result
+            rows.append(record["summary"] | record | {"task": run.task, "setting": run.setting})
+            curves.setdefault(run[:2], {})[run.seed] = curve
+            if other := differences(record, rows[0] | {"command": run.command}):
+                mend = f"python benchmarks/run.py {suite.name} --redo"
+                raise BenchmarkError(f"{folder / run.name}.json does not belong to the others, it has {other}: {mend}")
+    if not rows:
         raise BenchmarkError(f"{folder} lacks results: python benchmarks/run.py {suite.name} makes them")
-    return [
-        Group(
-            *key,
-            [record for record, _ in found],
-            {name: np.array([columns[name] for _, columns in found]) for name in suite.metrics},
-        )
-        for key, found in results.items()
-    ]
+    return Results(suite, pd.DataFrame(rows), {key: pd.concat(seeds, axis=1) for key, seeds in curves.items()})
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
 
 
-def bootstrap_interval(values: np.ndarray, resamples: int = 2_000) -> tuple[np.ndarray, np.ndarray]:
-    """95 % percentile interval of the mean over seeds.
-
-    values: (S, ...), a row per seed. Returns low and high, (...): the 2.5 and 97.5 % quantiles of the means of
-    resamples with replacement (Efron & Tibshirani 1993, §13.3).
-    """
-    seeds = len(values)
-    drawn = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), resamples)  # (R, S)
-    means = np.tensordot(drawn / seeds, values, 1)
-    low, high = np.quantile(means, (0.025, 0.975), axis=0)
-    return low, high
-
-
-def iqm(scores: np.ndarray) -> float:
-    """Interquartile mean: the mean without the lowest and the highest quarter (rounded down) of all scores."""
-    cut = scores.size // 4
-    return float(np.sort(scores, axis=None)[cut : scores.size - cut].mean())
-
-
-def iqm_interval(scores: list[np.ndarray], resamples: int = 2_000) -> tuple[float, float]:
-    """95 % percentile interval of the IQM, seeds resampled within each task. scores: (S,) of each task."""
+def interval(statistic: Callable, samples: list[np.ndarray], resamples: int = 2_000) -> np.ndarray:
+    """95 % percentile interval of a statistic of samples, of which each is resampled with replacement along its first
+    axis, the seeds (Efron & Tibshirani 1993, §13.3). Returns low and high, (2, ...)."""
     rng = np.random.default_rng(0)
-    values = [iqm(np.concatenate([rng.choice(x, len(x)) for x in scores])) for _ in range(resamples)]
-    low, high = np.quantile(values, (0.025, 0.975))
-    return float(low), float(high)
+    draws = [statistic([rng.choice(sample, len(sample)) for sample in samples]) for _ in range(resamples)]
+    return np.quantile(draws, (0.025, 0.975), axis=0)
+
+
+def mean(samples: list[np.ndarray]) -> np.ndarray:
+    """Of one sample, over its seeds."""
+    return samples[0].mean(0)
+
+
+def iqm(samples: list[np.ndarray]) -> float:
+    """Interquartile mean: the mean without the lowest and the highest quarter (rounded down) of all scores."""
+    return scipy.stats.trim_mean(np.concatenate(samples), 0.25)
+
+
+def improvement(samples: list[np.ndarray]) -> float:
+    """Probability that a run of the first half of samples has more than one of the second; ties half, mean of tasks."""
+    pairs = zip(samples, samples[len(samples) // 2 :])
+    return np.mean([(np.sign(np.subtract.outer(x, y)).mean() + 1) / 2 for x, y in pairs])
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def draw_curve(axes: Axes, x: np.ndarray, curves: np.ndarray, colour: str, label: str) -> None:
-    """Each seed thin, the mean thick, its interval as a band. x: (P,), curves: (S, P). Points at which not all seeds
-    have a figure are left out of mean and band."""
-    axes.plot(x, curves.T, color=colour, alpha=0.35, linewidth=0.6)
-    whole = ~np.isnan(curves).any(0)
-    low, high = bootstrap_interval(curves[:, whole])
-    axes.fill_between(x[whole], low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(x[whole], curves[:, whole].mean(0), color=colour, linewidth=2, label=label)
+def draw_curves(axes: Axes, curves: dict[str, tuple]) -> None:
+    """Each seed thin, the mean thick and labelled at its end, an interval of it as a band.
+
+    curves: of each label x (P, S), y (P, S), and whether to draw the band. Points at which not all seeds have a
+    figure are left out of mean and band."""
+    ends = []
+    for colour, (label, (x, y, has_band)) in zip(COLOURS, curves.items()):
+        seeds = [np.pad(z.astype(float), ((0, 1), (0, 0)), constant_values=np.nan).ravel("F") for z in (x, y)]
+        axes.plot(*seeds, color=colour, alpha=0.35, linewidth=0.5)  # one line with gaps, a smaller file than many
+        whole = ~np.isnan(y).any(1)
+        middle = x[whole].mean(1)
+        if has_band:
+            axes.fill_between(middle, *interval(mean, [y[whole].T]), color=colour, alpha=0.2, linewidth=0)
+        axes.plot(middle, y[whole].mean(1), color=colour, linewidth=2)
+        ends.append((y[whole][-1].mean(), textwrap.fill(label, 17), colour))
+    axes.margins(x=0.01)
+    low, high = axes.get_ylim()
+    places, top = [], -1.0  # in heights of the axes; a label that would overlap the one below it moves up
+    for value, label, colour in sorted(ends):
+        half = 0.04 * label.count("\n") + 0.06
+        places.append((max((value - low) / (high - low), top + half), label, colour))
+        top = places[-1][0] + half
+    for place, label, colour in places:
+        axes.text(1.02, place - max(0, top - 1.05), label, color=colour, transform=axes.transAxes, va="center")
 
 
-def draw_frontier(axes: Axes, group: Group, kl: str, frontier: list[dict[str, str]], title: str) -> None:
-    """Scores over the root of the KL divergence (Gao et al. 2022, fig. 1): each seed thin, the mean over seeds of both
-    thick. kl: its metric, frontier: those of the scores."""
-    root = np.sqrt(np.maximum(group.curves[kl], 0))  # (S, P); an estimate, which can be below 0
-    for colour, line in zip(("tab:purple", "tab:green"), frontier):
-        scores = group.curves[line["metric"]]
-        axes.plot(root.T, scores.T, color=colour, alpha=0.35, linewidth=0.6)
-        axes.plot(root.mean(0), scores.mean(0), color=colour, linewidth=2, label=line["label"])
-    axes.set(xlabel="square root of the KL divergence in nats", ylabel="score", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+def draw_panel(axes: Axes, results: Results, task: str, panel: dict[str, str], settings: dict[str, str]) -> None:
+    """A metric of a task, by settings."""
+    curves = {}
+    for setting, label in settings.items():
+        if (task, setting) in results.curves:
+            curve = results.curve(task, setting, panel["metric"])
+            curves[label] = (np.repeat(curve.index.to_numpy()[:, None], curve.shape[1], 1), curve.to_numpy(), True)
+    draw_curves(axes, curves)
+    axes.set(xlabel=results.suite.xlabel, ylabel=panel["label"])
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def draw(suite: Suite, groups: list[Group]) -> Figure:
+def draw_frontier(axes: Axes, results: Results, task: str, setting: str) -> None:
+    """Scores over the root of the KL divergence (Gao et al. 2022, fig. 1)."""
+    suite = results.suite
+    root = np.sqrt(results.curve(task, setting, suite.kl).clip(lower=0)).to_numpy()  # estimates, which can be below 0
+    scores = {line["label"]: results.curve(task, setting, line["metric"]).to_numpy() for line in suite.frontier}
+    draw_curves(axes, {label: (root, score, False) for label, score in scores.items()})
+    axes.set(xlabel="square root of the KL divergence in nats", ylabel="score", title=suite.settings[setting])
+
+
+def draw(results: Results) -> Figure:
     """All panels of a suite, two in a row: each metric of each task, then the frontiers."""
-    tasks = list(dict.fromkeys(group.task for group in groups))
+    suite, tasks = results.suite, [*results.runs["task"].unique()]
     panels = [(task, panel) for task in tasks for panel in suite.panels]
-    frontiers = groups if suite.frontier else []
+    frontiers = [*results.curves] if suite.frontier else []
     count = len(panels) + len(frontiers)
-    columns = min(count, 2)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(3.5 * columns, 2.6 * rows), layout="constrained")
-    figure.suptitle(suite.title, fontsize=11)
-    all_axes = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
-    x = np.arange(suite.grid, suite.until + 1, suite.grid)
-    for (task, panel), axes in zip(panels, all_axes):
-        for colour, (setting, label) in zip(COLOURS, suite.settings.items()):
-            for group in groups:
-                if (group.task, group.setting) == (task, setting):
-                    draw_curve(axes, x, group.curves[panel["metric"]], colour, label)
-        axes.set(xlabel=suite.xlabel, ylabel=panel["label"], title=task if len(tasks) > 1 else "")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    for group, axes in zip(frontiers, all_axes[len(panels) :]):
-        draw_frontier(axes, group, suite.kl, suite.frontier, suite.settings[group.setting])
+    rows, columns = -(-count // 2), min(count, 2)
+    figure = Figure(figsize=(4.5 * columns, 2.4 * rows), layout="constrained")
+    all_axes = [figure.add_subplot(rows, columns, i) for i in range(1, count + 1)]
+    for axes, (task, panel) in zip(all_axes, panels):
+        draw_panel(axes, results, task, panel, suite.settings)
+        axes.set_title(task if len(tasks) > 1 else "")
+    for axes, key in zip(all_axes[len(panels) :], frontiers):
+        draw_frontier(axes, results, *key)
     return figure
 
 
-def draw_overview(loaded: dict[str, tuple[Suite, list[Group]]]) -> Figure:
-    """A panel for each script: the first task with our own setting, of 40 points at most. For any background."""
-    figure = Figure(figsize=(10, 2.2), layout="constrained")
+def overview(loaded: dict[str, Results]) -> list[tuple[str, str, Results]]:
+    """Script, task and results of the first suite of each script, recipes aside."""
     firsts = {}
-    for suite, groups in loaded.values():
-        firsts.setdefault(suite.script, (suite, groups[0]))
-    for i, (script, (suite, group)) in enumerate(firsts.items(), 1):
-        axes = figure.add_subplot(1, len(firsts), i)
-        step = -(-(suite.until // suite.grid) // 40)
-        x = np.arange(suite.grid, suite.until + 1, suite.grid)[::step]
-        draw_curve(axes, x, group.curves[suite.panels[0]["metric"]][:, ::step], COLOURS[0], suite.panels[0]["label"])
-        axes.set_title(f"{script}\n{group.task}", fontsize=7, color="gray")
-        axes.set_xlabel(suite.xlabel, fontsize=7, color="gray")
-        axes.set_ylabel(suite.panels[0]["label"], fontsize=7, color="gray")
-        axes.tick_params(colors="gray", labelsize=6)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set_facecolor("none")
-        axes.spines[:].set_color("gray")
-        axes.grid(alpha=0.3)
-    figure.set_facecolor("none")
+    for results in loaded.values():
+        if results.suite.script.endswith(".py"):
+            firsts.setdefault(results.suite.script, (results.suite.groups[0]["task"], results))
+    return [(script, *first) for script, first in firsts.items()]
+
+
+def draw_overview(loaded: dict[str, Results]) -> Figure:
+    """A panel for each script: the first task with our own setting."""
+    figure, firsts = Figure(figsize=(10, 2.2), layout="constrained"), overview(loaded)
+    for i, (script, task, results) in enumerate(firsts, 1):
+        axes = figure.add_subplot(1, len(firsts), i, title=f"{script}\n{task}")
+        draw_panel(axes, results, task, results.suite.panels[0], {"ours": ""})
     return figure
 
 
-def fingerprint(suite: Suite, groups: list[Group]) -> str:
+def fingerprint(results: Results) -> str:
     """Which results a figure was drawn from, as what, and by which code."""
-    sums = sorted(record["sha256"] for group in groups for record in group.records)
-    sources = [*sums, (SUITES / f"{suite.name}.toml").read_text(), code_hash(Path(__file__))]
-    return "drawn from " + hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
+    parts = [*sorted(results.runs["sha256"]), (SUITES / f"{results.suite.name}.toml").read_text()]
+    parts.append(code_hash(Path(__file__).read_text()))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
-def fingerprints(loaded: dict[str, tuple[Suite, list[Group]]]) -> dict[str, str]:
-    """Which results each figure was drawn from; the overview from all."""
-    each = {name: fingerprint(suite, groups) for name, (suite, groups) in loaded.items()}
-    return each | {"overview": " ".join(each.values())}
+def save_figure(path: Path, draw: Callable[[], Figure], mark: str) -> None:
+    """Writes a figure with the mark of what it was drawn from."""
+    with matplotlib.rc_context(STYLE), io.StringIO() as file:
+        metadata = {"Date": None, "Creator": None, "Description": f"drawn from {mark}"}
+        draw().savefig(file, format="svg", metadata=metadata)
+        text = re.sub(r" *\n *(L )?", "\n", file.getvalue())  # pairs of numbers after an M are lines, too
+        path.write_text(re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.1f}", text))  # tenths of a point
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -200,153 +225,102 @@ def number(value: float, digits: int = 1) -> str:
     return f"{value:,.{digits}f}".replace("-", "−")
 
 
-def interval(middle: float, low: float, high: float, digits: int = 1) -> str:
+def span(middle: float, low: float, high: float, digits: int = 1) -> str:
     """middle (low to high), or the one number where they are the same"""
     middle, low, high = (number(x, digits) for x in (middle, low, high))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def figure_cell(group: Group, figure: dict) -> str:
-    """The mean of a figure over a group's seeds and its 95 % interval, as the suite wants it shown."""
-    values = figure.get("scale", 1) * group.figure(figure["name"])
-    return interval(values.mean(), *bootstrap_interval(values), figure.get("digits", 1))
+def spread(values: list[float], digits: int = 0) -> str:
+    """median (minimum to maximum)"""
+    return span(statistics.median(values), min(values), max(values), digits)
 
 
-def published_cell(source: dict, task: str) -> str:
-    """What a source published for a task."""
-    values = source["values"].get(task)
-    if not values:
-        return ""
-    digits = 0 if abs(values[0]) >= 1000 or all(float(x).is_integer() for x in values) else 1
-    return " ± ".join(number(value, digits) for value in values)
+def estimate(statistic: Callable, samples: list[np.ndarray], digits: int) -> str:
+    """A statistic and its 95 % interval."""
+    return span(statistic(samples), *interval(statistic, samples), digits)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
-def machines(groups: list[Group]) -> str:
-    """On what the runs were made."""
-    return " and ".join(sorted({record["machine"] for group in groups for record in group.records}))
+def figure_cells(suite: Suite, runs: pd.DataFrame) -> list[str]:
+    """The means of the suite's figures over runs, of the first one with its 95 % interval."""
+    cells = []
+    for figure in suite.figures:
+        values, digits = figure.get("scale", 1) * runs[figure["name"]].to_numpy(), figure.get("digits", 1)
+        cells.append(number(values.mean(), digits) if cells else estimate(mean, [values], digits))
+    return cells
 
 
-def results_table(suite: Suite, groups: list[Group]) -> str:
-    """Figures of each task and setting beside the published ones, with seeds, time and what the columns are."""
-    head = ["task", "setting", "seeds", *[figure["label"] for figure in suite.figures]]
-    head += [source["source"] for source in suite.published] + ["seconds"]
-    rows = []
-    for group in groups:
-        seconds = [record["seconds"] for record in group.records]
-        rows.append(
-            [group.task, suite.settings[group.setting], str(len(group.records))]
-            + [figure_cell(group, figure) for figure in suite.figures]
-            + [published_cell(source, group.task) for source in suite.published]
-            + [number(statistics.median(seconds), 0)]
-        )
-    main = suite.figures[0]
-    notes = ["Mean over seeds (95 % bootstrap interval of it); seconds: median from process start to end."]
+def published_cell(source: dict, task: str) -> str:
+    """What a source published for a task."""
+    values = source["values"].get(task, [])
+    digits = 0 if max(values, default=0) >= 1000 or all(float(x).is_integer() for x in values) else 1
+    return " ± ".join(number(value, digits) for value in values)
+
+
+def results_table(results: Results) -> str:
+    """Figures of each task and setting beside the published ones, and what they are."""
+    suite, runs = results.suite, results.runs
+    head = ["task", "setting", *(x["label"] for x in suite.figures), *(x["source"] for x in suite.published), "seconds"]
+    rows, scores, seen = [], {}, set()
+    for task, setting, group in results.groups():
+        facts = [task, *(published_cell(source, task) for source in suite.published)]
+        if task in seen:  # what holds for a task is said once
+            facts = [""] * len(facts)
+        seen.add(task)
+        seconds = number(group["seconds"].median(), 0)
+        rows.append([facts[0], suite.settings[setting], *figure_cells(suite, group), *facts[1:], seconds])
+        if suite.normalise:
+            zero, one = suite.normalise[task]
+            scores.setdefault(setting, []).append((group[suite.headline].to_numpy() - zero) / (one - zero))
+    counts = "/".join(sorted({str(len(group)) for *_, group in results.groups()}))
+    minutes = number(runs["seconds"].mean() * len(runs) / 120, 0)
+    notes = [f"Seeds: {counts}; minutes: {minutes}."]
     for source in suite.published:
         name = f"[{source['source']}]({source['url']})" if "url" in source else source["source"]
-        seeds = f"{source['seeds']} seed" + "s" * (source["seeds"] > 1)
-        notes.append(f"{name}: {source['metric']}; {seeds}; {source['version']}.")
-    versions = groups[0].records[0]["versions"]
-    notes.append(", ".join(f"{name} {text}" for name, text in versions.items()) + f"; {machines(groups)}.")
-    each = [
-        f"- {group.task}, {suite.settings[group.setting]}: "
-        + ", ".join(number(main.get("scale", 1) * x, main.get("digits", 1)) for x in group.figure(main["name"]))
-        for group in groups
-    ]
-    seeds = f"Each seed's {main['label']}:\n\n" + "\n".join(each)
-    return "\n\n".join([table(head, rows), " ".join(notes), seeds, *iqm_table(suite, groups)])
+        notes.append(f"{name}: {source['metric']}, seeds: {source['seeds']}, {source['version']}.")
+    if scores:
+        means = (f"{suite.settings[setting]} **{estimate(iqm, samples, 2)}**" for setting, samples in scores.items())
+        notes.append(f"Interquartile mean of scores (0 and 1: {suite.normalised_by}): {', '.join(means)}.")
+    if [len(samples) for samples in scores.values()] == 2 * [len(suite.normalise)]:
+        chance = estimate(improvement, [x for samples in scores.values() for x in samples], 2)
+        notes.append(f"Probability that a run of the first has the higher score: **{chance}**.")
+    return table(head, rows) + "\n\n" + " ".join(notes)
 
 
-def iqm_table(suite: Suite, groups: list[Group]) -> list[str]:
-    """The suite's IQM for each setting; nothing where scores are not normalised."""
-    if not suite.normalise:
-        return []
+def overview_table(loaded: dict[str, Results]) -> str:
+    """One line for each script: what our own setting reaches, beside the most comparable published figure."""
     rows = []
-    for setting, label in suite.settings.items():
-        scores = [
-            (group.figure(suite.headline) - suite.normalise[group.task][0]) / np.ptp(suite.normalise[group.task])
-            for group in groups
-            if group.setting == setting
-        ]
-        rows.append([label, interval(iqm(np.concatenate(scores)), *iqm_interval(scores), 2)])
-    limits = "; ".join(
-        f"{task} {number(a, 0)} and {number(b, 0 if b == int(b) else 1)}" for task, (a, b) in suite.normalise.items()
-    )
-    note = f"Scores are linear in the {suite.figures[0]['label']}; 0 and 1 are, for {limits} ({suite.normalised_by})."
-    return [
-        table(["setting", "interquartile mean of the normalised scores of all tasks and seeds (95 % interval)"], rows),
-        note,
-    ]
+    for script, task, results in overview(loaded):
+        runs = results.runs[(results.runs["task"] == task) & (results.runs["setting"] == "ours")]
+        cells = [f"`{script}`", task, figure_cells(results.suite, runs)[0], ""]
+        for source in results.suite.published[:1]:
+            cells[-1] = f"{published_cell(source, task)} ({source['source']})"
+        rows.append([*cells, number(runs["seconds"].median() / 60)])
+    machines = {machine for results in loaded.values() for machine in results.runs["machine"]}
+    head = ["script", "task", "our mean (95 % interval)", "published", "minutes"]
+    return f"{table(head, rows)}\n\nMeasured on: {'; '.join(sorted(machines))}."
 
 
-def overview_table(loaded: dict[str, tuple[Suite, list[Group]]]) -> str:
-    """One line for each task with our own setting: what it reaches, beside the most comparable published figure."""
-    head = ["script", "task", "figure", "seeds", "our settings' mean (95 % interval)", "published", "minutes"]
-    rows = []
-    for suite, groups in loaded.values():
-        main = suite.figures[0]
-        for group in groups:
-            if group.setting == "ours":
-                published = published_cell(suite.published[0], group.task) if suite.published else ""
-                source = f" ({suite.published[0]['source']})" if published else ""
-                minutes = statistics.median(record["seconds"] for record in group.records) / 60
-                cells = [f"`{suite.script}`", group.task, main["label"], str(len(group.records))]
-                rows.append([*cells, figure_cell(group, main), published + source, number(minutes)])
-    return table(head, rows)
-
-
-# ---------------------------------------------------------------------------------------------------------------- speed
-
-
-def spread(values: list[float], digits: int = 0) -> str:
-    """median (minimum to maximum)"""
-    return interval(statistics.median(values), min(values), max(values), digits)
-
-
-def speed_table(measured: dict[str, dict]) -> str:
-    """All comparisons of speed.py: ours, the peer, the ratio pair by pair, the machine."""
-    rows = []
-    for result in measured.values():
-        for c in result["comparisons"]:
-            if not c["ratios"]:
-                continue
-            ours, theirs = (spread(c[side], 0 if min(c["ours"]) >= 100 else 1) for side in ("ours", "theirs"))
-            if c["unit"] == "GB":
-                ratio = spread([100 * x for x in c["ratios"]], 0) + " % of it"
-            else:
-                ratio = spread(c["ratios"], 2) + " times as fast"
-            pairs = f"{len(c['ratios'])} pair" + "s" * (len(c["ratios"]) > 1)
-            work = f"{c['work']}: {c['unit']}"
-            rows.append(
-                [f"`{c['script']}`", work, ours, f"{theirs}, {c['peer']}", f"{ratio}; {pairs}", result["machine"]]
-            )
-    return table(["script", "work", "this", "peer", "this is", "machine"], rows)
-
-
-def duration(seconds: float) -> str:
-    """In minutes, or in hours."""
-    return f"{number(seconds / 3600)} hours" if seconds >= 3600 else f"{number(seconds / 60, 0)} minutes"
-
-
-def times_table(loaded: dict[str, tuple[Suite, list[Group]]], measured: dict[str, dict]) -> str:
-    """How long each suite takes on two cores, half the time that its runs took, two side by side; and the comparisons,
-    one run after the other."""
-    rows = []
-    for name, (suite, groups) in loaded.items():
-        seconds = [record["seconds"] for group in groups for record in group.records]
-        runs = len(suite.runs(suite.seeds))
-        command = f"`python benchmarks/run.py {name} --results mine`"
-        rows.append([command, suite.script, str(runs), duration(statistics.mean(seconds) * runs / 2), machines(groups)])
-    on_cpu = [measured[name] for name in SPEED]
-    time = duration(sum(result["seconds"] for result in on_cpu))
-    machine = " and ".join(sorted({result["machine"] for result in on_cpu}))
-    rows.append(["`python benchmarks/speed.py all --cleanrl DIR`", "all but ppo_char_lm_pizza.py", "", time, machine])
-    return table(["command", "script", "runs", "on 2 cores", "measured on"], rows)
+def speed_table(folder: Path) -> str:
+    """All comparisons of speed.py: the medians of ours and each peer, and the ratio pair by pair."""
+    measured = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    rows = {}
+    for comparison in (c for result in measured.values() for c in result["comparisons"] if c["ratios"]):
+        unit, ratios = comparison["unit"], comparison["ratios"]
+        digits = 0 if min(comparison["ours"]) >= 100 else 1
+        ours, theirs = (number(statistics.median(comparison[side]), digits) for side in ("ours", "theirs"))
+        ratio = f"{spread([100 * x for x in ratios])} %" if unit == "GB" else f"× {spread(ratios, 2)}"
+        row = rows.setdefault(re.sub("[,:]? peak memory", "", comparison["work"]), [[], []])
+        row[0] += [f"{ours} {unit}"] * (f"{ours} {unit}" not in row[0])
+        row[1].append(f"{comparison['peer']} {theirs}{' GB' * (unit == 'GB')}, {ratio}")
+    minutes = number(sum(result["seconds"] for result in measured.values()) / 60, 0)
+    lines = [[work, "; ".join(ours), "; ".join(peers)] for work, (ours, peers) in rows.items()]
+    return table(["work", "this", "peer, this is"], lines) + f"\n\nMinutes: {minutes}."
 
 
 # ------------------------------------------------------------------------------------------------------------ documents
@@ -354,13 +328,9 @@ def times_table(loaded: dict[str, tuple[Suite, list[Group]]], measured: dict[str
 
 def fill(text: str, tables: dict[str, str]) -> str:
     """A document with its tables replaced: what stands between <!-- plot.py: NAME --> and <!-- end -->."""
-
-    def block(match: re.Match) -> str:
-        if match[1] not in tables:
-            raise BenchmarkError(f"plot.py makes no table {match[1]}, only {', '.join(tables)}")
-        return f"<!-- plot.py: {match[1]} -->\n{tables[match[1]]}\n<!-- end -->"
-
-    return re.sub(r"<!-- plot\.py: (\w+) -->\n.*?<!-- end -->", block, text, flags=re.S)
+    mark = "<!-- plot.py: {} -->\n{}\n<!-- end -->"
+    block = r"<!-- plot\.py: (\w+) -->\n.*?<!-- end -->"
+    return re.sub(block, lambda match: mark.format(match[1], tables[match[1]]), text, flags=re.S)
 
 
 def relink(text: str) -> str:
@@ -378,57 +348,37 @@ def relink(text: str) -> str:
     return re.sub(r"\[(`(\w+)`(?:, part (\d))?)\]\((\.\./|)(ppo_\w+\.py)#L\d+\)", link, text)
 
 
-def load_all(folder: Path) -> dict[str, tuple[Suite, list[Group]]]:
-    """All suites with their results in a folder."""
-    suites = map(load_suite, ORDER)
-    return {suite.name: (suite, load_results(suite, folder / suite.name)) for suite in suites}
+def load_all(folder: Path) -> dict[str, Results]:
+    """All suites that have results in a folder."""
+    names = dict.fromkeys([*ORDER, *sorted(path.stem for path in SUITES.glob("*.toml"))])
+    return {name: load_results(load_suite(name), folder / name) for name in names if (folder / name).exists()}
 
 
-def load_speed(folder: Path) -> dict[str, dict]:
-    """What speed.py measured."""
-    measured = {}
-    for name in SPEED:
-        path = folder / f"{name}.json"
-        try:
-            measured[name] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise BenchmarkError(f"{path} is missing or cut short: benchmarks/speed.py {name} makes it") from error
-    on_gpu = [path for name in SPEED if (path := folder / f"{name}_cuda.json").exists()]
-    return measured | {path.stem: json.loads(path.read_text()) for path in on_gpu}
-
-
-def documents_now(loaded: dict[str, tuple[Suite, list[Group]]]) -> dict[Path, str]:
-    """What the documents should be."""
-    measured = load_speed(RESULTS / "speed")
-    tables = {name: results_table(suite, groups) for name, (suite, groups) in loaded.items()} | {
-        "overview": overview_table(loaded),
-        "times": times_table(loaded, measured),
-        "speed": speed_table(measured),
-    }
+def renew(write: bool) -> list[Path]:
+    """Documents and figures that do not show the results that are there; brings them up to date if write."""
+    loaded, wrong = load_all(RESULTS), []
+    tables = {name: results_table(results) for name, results in loaded.items()}
+    tables |= {"overview": overview_table(loaded), "speed": speed_table(RESULTS / "speed")}
     texts = {path: path.read_text() for path in DOCUMENTS}
     for name in tables:
         if f"<!-- plot.py: {name} -->" not in "".join(texts.values()):
             raise BenchmarkError(f"no document has a place for the table {name}: <!-- plot.py: {name} -->")
-    return {path: relink(fill(text, tables)) for path, text in texts.items()}
-
-
-def stale() -> list[Path]:
-    """Documents and figures that do not show the results that are there."""
-    loaded = load_all(RESULTS)
-    wrong = [path for path, text in documents_now(loaded).items() if path.read_text() != text]
-    for name, source in fingerprints(loaded).items():
-        path = FIGURES / f"{name}.svg"
-        if not path.exists() or source not in path.read_text():
+    for path, text in texts.items():
+        new = relink(fill(text, tables))
+        if new != text:
             wrong.append(path)
+            if write:
+                path.write_text(new)
+    marks = {name: fingerprint(results) for name, results in loaded.items()}
+    figures = {name: (marks[name], partial(draw, results)) for name, results in loaded.items()}
+    figures["overview"] = (" ".join(marks.values()), partial(draw_overview, loaded))
+    for name, (mark, draw_it) in figures.items():
+        path = FIGURES / f"{name}.svg"
+        if not path.exists() or mark not in path.read_text():
+            wrong.append(path)
+            if write:
+                save_figure(path, draw_it, mark)
     return wrong
-
-
-def save_figure(suite: Suite, groups: list[Group], folder: Path) -> None:
-    """Writes a suite's figure. Equal results give an equal file."""
-    matplotlib.rcParams["svg.hashsalt"] = "ppo"
-    folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None, "Description": fingerprint(suite, groups)}
-    draw(suite, groups).savefig(folder / f"{suite.name}.svg", metadata=metadata)
 
 
 def main() -> None:
@@ -438,34 +388,20 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder of results of your own; its tables are printed")
     args = parser.parse_args()
     try:
-        if args.results:
-            names = [name for name in ORDER if (args.results / name).exists()]
-            if not names:
-                raise BenchmarkError(f"{args.results} holds results of no suite: benchmarks/run.py makes them")
-            for name in names:
-                suite = load_suite(name)
-                groups = load_results(suite, args.results / name)
-                save_figure(suite, groups, args.results)
-                print(results_table(suite, groups), f"\n{args.results / name}.svg has the figure\n", sep="\n")
-            return
-        if args.check:
-            wrong = stale()
-            for path in wrong:
-                print(f"{path.relative_to(ROOT)} does not show the results: python benchmarks/plot.py")
-            sys.exit(bool(wrong))
-        loaded = load_all(RESULTS)
-        documents = documents_now(loaded)
+        if not args.results:
+            wrong = renew(write=not args.check)
+            print(*(f"{path.relative_to(ROOT)} did not show the results" for path in wrong), sep="\n")
+            sys.exit(args.check and bool(wrong))
+        loaded = load_all(args.results)
+        if not loaded:
+            raise BenchmarkError(f"{args.results} holds results of no suite: benchmarks/run.py makes them")
+        for name, results in loaded.items():
+            path = args.results / f"{name}.svg"
+            save_figure(path, partial(draw, results), fingerprint(results))
+            print(results_table(results), f"\n{path} has the figure\n", sep="\n")
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    for path, text in documents.items():
-        path.write_text(text)
-    for suite, groups in loaded.values():
-        save_figure(suite, groups, FIGURES)
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters as outlines would double its size
-        metadata = {"Date": None, "Description": fingerprints(loaded)["overview"]}
-        draw_overview(loaded).savefig(FIGURES / "overview.svg", metadata=metadata)
-    print(f"wrote {len(documents)} documents and {len(loaded) + 1} figures")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,16 @@
     python benchmarks/run.py pizza --check               # one run again: does it give the committed figures?
 
 Complete runs are skipped, broken ones redone. A failed run is shown with its last lines while the others go on; then
-the exit code is 1.
+the exit code is 1. Each run leaves two files, TASK__SETTING__SEED.csv with its metrics on a fixed grid of steps, and a
+.json beside it with its final figures, all that they depend on, and a checksum of both files.
 """
 
+import ast
 import contextlib
+import hashlib
+import io
 import json
+import math
 import os
 import platform
 import re
@@ -21,27 +26,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import tokenize
+import tomllib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
+import pandas as pd
 import tyro
-from suite import (
-    RESULTS,
-    ROOT,
-    BenchmarkError,
-    Run,
-    Suite,
-    checksum,
-    code_hash,
-    differences,
-    load_suite,
-    on_grid,
-    read_result,
-)
-from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+SUITES = Path(__file__).parent / "suites"
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
@@ -64,6 +64,156 @@ class Args:
     """run the suite's first run once more and compare it with its result; writes nothing"""
 
 
+class BenchmarkError(Exception):
+    """What is wrong with a suite or a result, in one line, and the mend."""
+
+
+# --------------------------------------------------------------------------------------------------- suites and results
+
+
+class Run(NamedTuple):
+    """One run of a suite."""
+
+    task: str
+    setting: str
+    seed: int
+    command: str
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        return f"{self.task}__{self.setting}__{self.seed}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """suites/NAME.toml."""
+
+    name: str
+    title: str  # of its figure
+    script: str  # or a patch of one: recipes/SCRIPT__NAME.patch
+    seeds: int  # how many
+    timeout_minutes: float  # a run that takes longer is stopped
+    grid: int  # steps between two rows of a result
+    until: int  # step of its last row
+    metrics: list[str]  # columns of metrics.csv that a result keeps
+    xlabel: str  # what a step is
+    figures: list[dict]  # figures of summary.json for the table: name, label, digits, scale; the first one matters most
+    panels: list[dict[str, str]]  # metrics to draw for each task: metric, label
+    settings: dict[str, str]  # what they are called
+    groups: list[dict[str, str]]  # task, setting, flags
+    normalise: dict[str, tuple[float, float]] = field(default_factory=dict)  # task: returns that score 0 and 1
+    normalised_by: str = ""  # where these two are from
+    first_seed: int = 1  # another where some seeds were used to choose the settings
+    published: list[dict] = field(default_factory=list)  # others' figures, the most comparable first
+    kl: str = ""  # the metric over whose root to draw the frontier's
+    frontier: list[dict[str, str]] = field(default_factory=list)  # metric, label
+
+    @property
+    def headline(self) -> str:
+        """The figure of summary.json that matters most."""
+        return self.figures[0]["name"]
+
+    @property
+    def steps(self) -> list[int]:
+        """The grid."""
+        return [*range(self.grid, self.until + 1, self.grid)]
+
+    def runs(self, seeds: int) -> list[Run]:
+        """All runs, seed by seed, so that a part of them covers all groups."""
+        runs = []
+        for seed in range(self.first_seed, self.first_seed + seeds):
+            for group in self.groups:
+                command = ["python", self.script, *group["flags"].split(), "--seed", str(seed)]
+                runs.append(Run(group["task"], group["setting"], seed, " ".join(command)))
+        return runs
+
+    @cached_property
+    def text(self) -> str:
+        """The script, as it is when this is first asked for; of a patch, what it makes of its script."""
+        if not self.script.endswith(".patch"):
+            return (ROOT / self.script).read_text()
+        with tempfile.TemporaryDirectory() as folder:
+            original, patched = Path(self.script).name.partition("__")[0] + ".py", Path(folder, "patched.py")
+            subprocess.run(["patch", "-s", "-o", patched, original, self.script], cwd=ROOT, check=True)
+            return patched.read_text()
+
+
+def load_suite(name: str) -> Suite:
+    """The suite of that name. Raises BenchmarkError."""
+    path = SUITES / f"{name}.toml"
+    if not path.is_file():
+        names = ", ".join(sorted(path.stem for path in SUITES.glob("*.toml")))
+        raise BenchmarkError(f"there is no suite {name}: choose one of {names}")
+    return Suite(name, **tomllib.loads(path.read_text()))
+
+
+def code_hash(text: str) -> str:
+    """Hash of a Python source without its comments, docstrings and empty lines, which change no figure."""
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    code = "\n".join(line.rstrip() for line in lines if line.strip())
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def on_grid(suite: Suite, metrics: str) -> str:
+    """A run's metrics.csv, as text, on the suite's grid: each row the mean of the iterations that ended since the row
+    before, the last one with all that come after. Iterations of before the first figure (nan) do not count. Raises
+    BenchmarkError where the metrics end early or lack a column."""
+
+    def mean(values: pd.Series) -> float:  # pandas' own sums in another order, which can change the last digit
+        return float(sum(values.dropna())) / values.count() if values.count() else math.nan
+
+    table = pd.read_csv(io.StringIO(metrics))
+    if {"global_step", *suite.metrics} - {*table} or table["global_step"].max() < suite.until:
+        raise BenchmarkError(f"metrics.csv ends before step {suite.until} or lacks one of {', '.join(suite.metrics)}")
+    table["global_step"] = (-(-table["global_step"] // suite.grid) * suite.grid).clip(upper=suite.until)
+    return table.groupby("global_step")[suite.metrics].agg(mean).reindex(suite.steps).to_csv(na_rep="nan")
+
+
+def checksum(record: dict, text: str) -> str:
+    """SHA-256 of a result: its record without the checksum, and its CSV text."""
+    whole = {name: value for name, value in record.items() if name != "sha256"}
+    return hashlib.sha256((json.dumps(whole, sort_keys=True) + text).encode()).hexdigest()
+
+
+def read_result(suite: Suite, run: Run, folder: Path) -> tuple[dict, pd.DataFrame] | None:
+    """Record and metrics of a run in folder; None where there are none. Raises BenchmarkError for files that are
+    missing, cut short, changed, or of another form than the suite's."""
+    json_path, csv_path = (folder / f"{run.name}{ending}" for ending in (".json", ".csv"))
+    if not json_path.exists() and not csv_path.exists():
+        return None
+    try:
+        record, text = json.loads(json_path.read_text()), csv_path.read_text()
+        metrics = pd.read_csv(io.StringIO(text), index_col="global_step")
+        if record["sha256"] != checksum(record, text) or [*metrics.index] != suite.steps:
+            raise ValueError
+        return record, metrics[suite.metrics]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        mend = f"python benchmarks/run.py {suite.name} runs it again"
+        raise BenchmarkError(f"{json_path} and its .csv are not what a run of this suite wrote: {mend}") from error
+
+
+def differences(record: dict, other: dict) -> str:
+    """In what a result's record differs from another, or from what it would have now, of what decides its figures:
+    command, code, and the versions of packages that both know; "" for nothing."""
+    then, now = (
+        # The MuJoCo results are those of an earlier script, which had to be told to use one thread.
+        {"command": r["command"].replace(" --torch-threads 1", ""), "code": r["code"]} | r["versions"]
+        for r in (record, other)
+    )
+    return ", ".join(f"{name} {x} (not {now[name]})" for name, x in then.items() if now.get(name, x) != x)
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+
+
 def machine() -> str:
     """Names of the processor, its cores and the GPU, if there is one."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -72,103 +222,7 @@ def machine() -> str:
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         gpus = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    names = [cpu[1] if cpu else platform.processor(), f"{os.cpu_count()} cores", *gpus.splitlines()]
-    return ", ".join(names)
-
-
-def installed(names: Iterable[str]) -> dict[str, str]:
-    """Versions of Python and of these packages, where they are installed."""
-    versions = {"python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(PackageNotFoundError):  # one that the script can do without
-            versions[name] = version(name)
-    return versions
-
-
-def execute(command: list[str], root: str, timeout: float, started: Callable = lambda process: None) -> dict:
-    """Runs a script to its end, at most timeout seconds, on one thread, since runs share the cores. Returns wall-clock
-    seconds, the machine, versions of the packages in the script's head, and the texts of its metrics.csv, config.json
-    and summary.json, or "error" with its last lines. Only plain values go in and out, for Ray.
-
-    started: called with the process.
-    """
-    head = Path(root, command[1]).read_text().partition("\n# ///\n")[0]
-    facts = {"machine": machine(), "versions": installed(re.findall(r'"([\w-]+)[^"]*=', head))}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        start = time.perf_counter()
-        words = [sys.executable, *command[1:], "--run-dir", f"{folder}/run"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-        process = subprocess.Popen(words, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
-        try:
-            started(process)
-            output, _ = process.communicate(timeout=timeout)
-            ended = f"exit code {process.returncode}" if process.returncode >= 0 else f"signal {-process.returncode}"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
-            ended = f"no end within {timeout / 60:g} minutes"
-        finally:
-            process.kill()  # where Ctrl-C ends the wait
-        seconds = time.perf_counter() - start
-        files = [Path(folder, "run", name) for name in ("metrics.csv", "config.json", "summary.json")]
-        if process.returncode or not all(file.exists() for file in files):
-            return {"error": "\n    ".join([ended, *output.splitlines()[-10:]])}
-        return facts | {"seconds": seconds} | {file.name: file.read_text() for file in files}
-
-
-def run_here(runs: list[Run], timeout: float, workers: int) -> Iterator[tuple[Run, dict]]:
-    """Runs and what execute returned for them, as they end, with so many at a time on this machine."""
-    pool, processes, stopping = ThreadPoolExecutor(workers), [], threading.Event()
-
-    def started(process: subprocess.Popen) -> None:
-        processes.append(process)
-        if stopping.is_set():
-            process.kill()
-
-    try:
-        futures = {pool.submit(execute, run.command.split(), str(ROOT), timeout, started): run for run in runs}
-        for future in as_completed(futures):
-            error = future.exception()  # no space, no memory for a process ...
-            yield futures[future], {"error": repr(error)} if error else future.result()
-    finally:
-        stopping.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.kill()
-
-
-def run_on_ray(runs: list[Run], timeout: float, address: str, workers: int) -> Iterator[tuple[Run, dict]]:
-    """The same on a Ray cluster, whose machines need the packages of requirements.txt; the scripts are sent to them."""
-    try:
-        import ray
-    except ImportError:
-        raise BenchmarkError("--ray needs a package: pip install -r benchmarks/requirements-ray.txt") from None
-    os.environ.setdefault("RAY_worker_niceness", "0")  # a cluster started here has nothing to give way to
-    where = {"address": "local", "num_cpus": workers} if address == "local" else {"address": address}
-    excludes = [".git", ".venv", "runs", "benchmarks/results", "tests"]
-    copy = {"working_dir": str(ROOT), "excludes": excludes}
-    try:
-        ray.init(**where, runtime_env=copy, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise BenchmarkError(f"--ray {address}: {str(error).splitlines()[0]}") from error
-    signal.signal(signal.SIGTERM, stop)  # instead of Ray's own
-    task = ray.remote(num_cpus=1)(execute)
-    waiting = {task.remote(run.command.split(), ".", timeout): run for run in runs}  # "." is the copy
-    try:
-        while waiting:
-            (done,), _ = ray.wait(list(waiting))
-            try:
-                outcome = ray.get(done)
-            except ray.exceptions.RayError as error:  # its machine is gone
-                outcome = {"error": str(error)}
-            yield waiting.pop(done), outcome
-    finally:
-        ray.shutdown()  # ends its workers and their scripts
-
-
-def identity(run: Run, versions: dict[str, str]) -> dict:
-    """What a result of a run that starts here and now would have, of these packages the versions of those here."""
-    return {"command": run.command, "code": code_hash(ROOT / run.script), "versions": installed(versions)}
+    return ", ".join([cpu[1] if cpu else platform.processor(), f"{os.cpu_count()} cores", *gpus.splitlines()])
 
 
 def commit() -> str:
@@ -177,24 +231,85 @@ def commit() -> str:
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
+def installed(names: list[str]) -> dict[str, str]:
+    """Versions of Python and of these packages, where they are installed."""
+    versions = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):  # one that the script can do without
+            versions[name] = version(name)
+    return versions
+
+
+def execute(text: str, command: str, root: str, timeout: float, is_stopped: Callable = lambda: False) -> dict:
+    """Runs a script's text with a command's flags to its end, at most timeout seconds, on one thread, since runs share
+    the cores. Returns wall-clock seconds, the machine, versions of the packages in the script's head, and the texts of
+    its metrics.csv, config.json and summary.json, or "error" with its last lines. Plain values alone, for Ray."""
+    _, script, *flags = command.split()
+    head = text.partition("\n# ///\n")[0]
+    facts = {"machine": machine(), "versions": installed(re.findall(r'"([\w-]+)[^"]*=', head))}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.abspath(root)}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, open(f"{folder}/output", "w+b") as output:
+        path = Path(folder, Path(script).stem + ".py")
+        path.write_text(text)
+        words, start = [sys.executable, path, *flags, "--run-dir", f"{folder}/run"], time.perf_counter()
+        process = subprocess.Popen(words, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None and time.perf_counter() < start + timeout and not is_stopped():
+                time.sleep(0.05)
+            code = process.poll()
+        finally:
+            process.kill()
+            process.wait()
+        seconds = time.perf_counter() - start
+        files = [Path(folder, "run", name) for name in ("metrics.csv", "config.json", "summary.json")]
+        if code == 0 and all(file.exists() for file in files):
+            return facts | {"seconds": seconds} | {file.name: file.read_text() for file in files}
+        ended = f"exit code {code}" if code is not None else f"no end within {timeout / 60:g} minutes"
+        output.seek(0)
+        return {"error": "\n    ".join([ended, *output.read().decode(errors="replace").splitlines()[-10:]])}
+
+
+def run_all(suite: Suite, runs: list[Run], args: Args) -> Iterator[tuple[Run, dict]]:
+    """Runs and what execute returned for them, as they end: so many at a time on this machine, or on a Ray cluster,
+    whose machines need the packages of requirements.txt; this folder is sent to them."""
+    given = {"text": suite.text, "timeout": 60 * suite.timeout_minutes}
+    if args.ray:
+        import ray
+
+        os.environ.setdefault("RAY_worker_niceness", "0")  # a cluster started here has nothing to give way to
+        where = {"address": "local", "num_cpus": args.workers} if args.ray == "local" else {"address": args.ray}
+        copy = {"working_dir": str(ROOT), "excludes": [".git", ".venv", "runs", "benchmarks/results"]}
+        ray.init(**where, runtime_env=copy, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # instead of Ray's own
+        task = ray.remote(num_cpus=1)(execute)
+        futures = {task.remote(command=run.command, root=".", **given).future(): run for run in runs}
+    else:
+        pool, stopping = ThreadPoolExecutor(args.workers), threading.Event()
+        given |= {"root": str(ROOT), "is_stopped": stopping.is_set}
+        futures = {pool.submit(execute, command=run.command, **given): run for run in runs}
+    try:
+        for future in as_completed(futures):
+            error = future.exception()  # its machine is gone, no space, no memory for a process ...
+            yield futures[future], {"error": repr(error)} if error else future.result()
+    finally:
+        if args.ray:
+            ray.shutdown()  # ends its workers and their scripts
+        else:
+            stopping.set()
+            pool.shutdown(cancel_futures=True)
+
+
 def result_of(suite: Suite, run: Run, outcome: dict, git: str) -> tuple[dict, str]:
-    """Record and CSV text of a run that ended well. Raises BenchmarkError where it lacks what the suite shows."""
+    """Record and CSV text of a run. Raises BenchmarkError where it failed or lacks what the suite shows."""
+    if "error" in outcome:
+        raise BenchmarkError(outcome["error"])
     config, summary = json.loads(outcome["config.json"]), json.loads(outcome["summary.json"])
-    text = on_grid(suite, outcome["metrics.csv"])
-    for figure in suite.figures:
-        if figure["name"] not in summary:
-            raise BenchmarkError(f"summary.json has no {figure['name']}, which the suite shows")
-    record = {
-        "command": run.command,
-        "flags": config.get("args", config) | {"run_dir": None},  # which was a temporary folder
-        "versions": outcome["versions"],
-        "git": git,
-        "code": code_hash(ROOT / run.script),
-        "machine": outcome["machine"],
-        "seconds": round(outcome["seconds"], 1),
-        "summary": summary,
-    }
-    return record, text
+    if lacking := {figure["name"] for figure in suite.figures} - {*summary}:
+        raise BenchmarkError(f"summary.json has no {', '.join(sorted(lacking))}, which the suite shows")
+    record = {"command": run.command, "flags": config.get("args", config) | {"run_dir": None}}  # a temporary folder
+    record |= {"versions": outcome["versions"], "git": git, "code": code_hash(suite.text)}
+    record |= {"machine": outcome["machine"], "seconds": round(outcome["seconds"], 1), "summary": summary}
+    return record, on_grid(suite, outcome["metrics.csv"])
 
 
 def save(folder: Path, name: str, record: dict, text: str) -> None:
@@ -207,114 +322,79 @@ def save(folder: Path, name: str, record: dict, text: str) -> None:
         part.replace(folder / f"{name}{ending}")
 
 
-def missing(suite: Suite, runs: list[Run], args: Args, folder: Path) -> list[Run]:
-    """Runs without a complete result. Raises BenchmarkError where one was made in another way, unless args.redo."""
-    to_do = []
+def run_suite(suite: Suite, args: Args, folder: Path) -> bool:
+    """Runs what is missing and saves it; whether all of it ended well. Raises BenchmarkError where a result was made in
+    another way, unless args.redo."""
+    runs, git, code, to_do, failed = suite.runs(args.seeds or suite.seeds), commit(), code_hash(suite.text), [], 0
+
+    def changes(run: Run, record: dict) -> str:  # from that of the same run if it started here and now
+        now = {"command": run.command, "code": code, "versions": installed(record["versions"])}
+        return differences(record, now)
+
     for run in runs:
         try:
             result = read_result(suite, run, folder)
         except BenchmarkError as error:
             print(error, file=sys.stderr)
             result = None
-        other = result and differences(result[0], identity(run, result[0]["versions"]))
+        other = result and changes(run, result[0])
         if other and not args.redo:
             mend = "--redo runs it again, --results FOLDER leaves it alone"
             raise BenchmarkError(f"{folder / run.name}.json has {other}: {mend}")
         if other or not result:
             to_do.append(run)
-    return to_do
+    with contextlib.closing(run_all(suite, to_do, args)) as outcomes:
+        for count, (run, outcome) in enumerate(outcomes, 1):
+            try:
+                record, metrics = result_of(suite, run, outcome, git)
+                if other := changes(run, record):  # on a machine of a Ray cluster
+                    raise BenchmarkError(f"its machine has {other}: install requirements.txt there")
+                save(folder, run.name, record, metrics)
+                end = f"{suite.headline} {record['summary'][suite.headline]:g} in {record['seconds']:.0f} s"
+            except (BenchmarkError, OSError) as error:
+                failed += 1
+                end = f"FAILED, {error}"
+            print(f"{count} of {len(to_do)}: {run.name}: {end}", file=sys.stderr)
+    print(f"{len(runs) - failed} of {len(runs)} runs are in {folder}; the same command tries the others again")
+    return not failed
 
 
 def check(suite: Suite, folder: Path) -> bool:
     """Runs the suite's first run again; whether its result is the one in folder or, where machine, code or versions
     differ, within the range of the seeds there."""
-    first, *_ = runs = suite.runs(suite.seeds)
-    results = [
-        read_result(suite, run, folder) for run in runs if (run.task, run.setting) == (first.task, first.setting)
-    ]
+    first, name = suite.runs(1)[0], suite.headline
+    results = [read_result(suite, run, folder) for run in suite.runs(suite.seeds) if run[:2] == first[:2]]
     if None in results:
         raise BenchmarkError(f"{folder} lacks results: python benchmarks/run.py {suite.name} makes them")
     print(first.command)
-    outcome = execute(first.command.split(), str(ROOT), 60 * suite.timeout_minutes)
-    if "error" in outcome:
-        print(f"failed: {outcome['error']}", file=sys.stderr)
-        return False
-    record, text = result_of(suite, first, outcome, commit())
-    committed, _ = results[0]
-    value = record["summary"][suite.headline]
-    if text == (folder / f"{first.name}.csv").read_text() and value == committed["summary"][suite.headline]:
-        print(f"bit for bit as in {folder / first.name}.csv, {suite.headline} {value:g} as well")
+    outcome = execute(suite.text, first.command, str(ROOT), 60 * suite.timeout_minutes)
+    (record, metrics), committed = result_of(suite, first, outcome, ""), results[0][0]
+    value, values = record["summary"][name], [old["summary"][name] for old, _ in results]
+    if metrics == (folder / f"{first.name}.csv").read_text() and value == values[0]:
+        print(f"bit for bit as in {folder / first.name}.csv, {name} {value:g} as well")
         return True
-    other = differences(committed, record)
+    other, is_within = differences(committed, record), min(values) <= value <= max(values)
     if committed["machine"] != record["machine"]:
-        other = ", ".join(filter(None, [f"machine {committed['machine']} (now {record['machine']})", other]))
-    if not other:
-        print(f"NOT as in {folder / first.name}.csv and .json, although machine, versions and code are the same")
-        return False
-    values = [r["summary"][suite.headline] for r, _ in results]
-    low, high = min(values), max(values)
-    within = low <= value <= high
-    print(f"not bit for bit as in {folder / first.name}.csv, which has {other}")
-    print(f"{suite.headline} {value:g} is {'within' if within else 'OUTSIDE'} the seeds' {low:g} to {high:g}")
-    return within
-
-
-def run_suite(suite: Suite, args: Args, folder: Path) -> bool:
-    """Runs what is missing and saves it; whether all of it ended well."""
-    runs = suite.runs(args.seeds or suite.seeds)
-    to_do = missing(suite, runs, args, folder)
-    code, git, timeout = code_hash(ROOT / suite.script), commit(), 60 * suite.timeout_minutes
-    if args.ray:
-        outcomes = run_on_ray(to_do, timeout, args.ray, args.workers)
-    else:
-        outcomes = run_here(to_do, timeout, args.workers)
-    failed = 0
-    with contextlib.closing(outcomes), tqdm(total=len(runs), initial=len(runs) - len(to_do), unit="run") as bar:
-        for run, outcome in outcomes:
-            if code_hash(ROOT / suite.script) != code:
-                raise BenchmarkError(f"{suite.script} was changed while its runs were under way")
-            try:
-                if "error" in outcome:
-                    raise BenchmarkError(outcome["error"])
-                record, text = result_of(suite, run, outcome, git)
-                if other := differences(record, identity(run, record["versions"])):  # on a machine of a Ray cluster
-                    raise BenchmarkError(f"its machine has {other}: install requirements.txt there")
-                save(folder, run.name, record, text)
-            except (BenchmarkError, OSError) as error:
-                failed += 1
-                bar.write(f"FAILED {run.name}: {error}", file=sys.stderr)
-                continue
-            figure = f"{suite.headline} {record['summary'][suite.headline]:g}"
-            bar.write(f"{run.name}: {figure} in {record['seconds']:.0f} s", file=sys.stderr)
-            bar.update()
-    done = f"{len(runs) - failed} of {len(runs)} runs are in {folder}"
-    print(f"{done}; {failed} failed, the same command tries them again" if failed else done)
-    return not failed
-
-
-def stop(signum: int, frame: object) -> None:
-    """SIGTERM ends the runner as Ctrl-C does."""
-    raise KeyboardInterrupt
+        other = f"machine {committed['machine']} (not {record['machine']}) {other}"
+    print(f"NOT as in {folder / first.name}.csv, which has {other or 'the same machine, versions and code'}")
+    print(f"{name} {value:g} is {'within' if is_within else 'OUTSIDE'} the seeds' {min(values):g} to {max(values):g}")
+    return bool(other) and is_within
 
 
 def main() -> None:
     """The command line."""
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runner as Ctrl-C does
     args = tyro.cli(Args)
     try:
         suite = load_suite(args.suite)
-        if args.workers < 1 or (args.seeds is not None and not 1 <= args.seeds <= suite.seeds):
-            raise BenchmarkError(f"--workers must be at least 1 and --seeds 1 to {suite.seeds}, the suite's")
         folder = args.results / suite.name
-        good = check(suite, folder) if args.check else run_suite(suite, args, folder)
+        sys.exit(not (check(suite, folder) if args.check else run_suite(suite, args, folder)))
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        after = "" if args.check else "; the same command goes on with the runs that are missing"
-        print(f"stopped{after}", file=sys.stderr)
+        print("stopped; the same command goes on with the runs that are missing", file=sys.stderr)
         sys.exit(130)
-    sys.exit(not good)
 
 
 if __name__ == "__main__":

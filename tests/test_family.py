@@ -183,7 +183,8 @@ def test_readme_commands_exist():
             ran.add(script)
             flags = words[words.index(script) + 1 :]
             if script in ("benchmarks/run.py", "benchmarks/speed.py"):
-                tyro.cli(importlib.import_module(Path(script).stem).Args, args=flags)
+                module = importlib.import_module(Path(script).stem)
+                tyro.cli(module.Args, args=flags, config=(tyro.conf.PositionalRequiredArgs,))
             if (ROOT / script) in SCRIPTS:
                 module = importlib.import_module(Path(script).stem)
                 flags = [flag.replace("$seed", "1") for flag in flags]

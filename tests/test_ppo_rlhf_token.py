@@ -973,7 +973,7 @@ def test_an_adapter_is_a_model_like_any_other(tmp_path):
 
 def test_the_example_file_of_rated_rows(tmp_path):
     """The five rated rows of the documentation go through all stages as they are."""
-    path = Path(ppo.__file__).parent / "examples" / "ratings.jsonl"
+    path = Path(__file__).parent / "ratings.jsonl"
     assert [json.loads(line)["rating"] for line in path.read_text().splitlines()] == [10, 7, 4, 9, 6]
     run_dir, summary = quick_run(tmp_path / "run", dataset=str(path), critic="separate")
     assert (run_dir / "reward_model" / "model.safetensors").exists()
