@@ -145,12 +145,14 @@ def draw_curves(axes: Axes, curves: dict[str, tuple]) -> None:
         axes.text(1.02, place - max(0, top - 1.05), label, color=colour, transform=axes.transAxes, va="center")
 
 
-def draw_panel(axes: Axes, results: Results, task: str, panel: dict[str, str], settings: dict[str, str]) -> None:
+def draw_panel(axes: Axes, results: Results, task: str, panel: dict, settings: dict[str, str]) -> None:
     """A metric of a task, by settings."""
     curves = {}
     for setting, label in settings.items():
-        if (task, setting) in results.curves:
-            curve = results.curve(task, setting, panel["metric"])
+        if (task, setting) in results.curves and setting in panel.get("settings", settings):
+            curve = results.curve(task, setting, panel["metric"]).loc[: panel.get("until")]
+            if panel.get("log10"):
+                curve = np.log10(curve.clip(lower=1e-6))
             curves[label] = (np.repeat(curve.index.to_numpy()[:, None], curve.shape[1], 1), curve.to_numpy(), True)
     draw_curves(axes, curves)
     axes.set(xlabel=results.suite.xlabel, ylabel=panel["label"])

@@ -99,7 +99,7 @@ class Suite:
     metrics: list[str]  # columns of metrics.csv that a result keeps
     xlabel: str  # what a step is
     figures: list[dict]  # figures of summary.json for the table: name, label, digits, scale; the first one matters most
-    panels: list[dict[str, str]]  # metrics to draw for each task: metric, label
+    panels: list[dict]  # metrics to draw for each task: metric, label; of these settings, until a step, log10 of it
     settings: dict[str, str]  # what they are called
     groups: list[dict[str, str]]  # task, setting, flags
     normalise: dict[str, tuple[float, float]] = field(default_factory=dict)  # task: returns that score 0 and 1
