@@ -234,15 +234,15 @@ def llm_policy(side: str, llm_id: str, seed: int) -> dict:
 
 
 def rlhf_files(work: str) -> None:
-    """Models, tokenizer and data for the sides of rlhf: a small model, or for "memory" and "gpu" one of Qwen2-0.5B's
-    size, both with random weights."""
+    """Models, tokenizer and data for the sides of rlhf: a small model, or for "memory" one of Qwen2-0.5B's size, both
+    with random weights. "gpu" takes the data alone."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     import ppo_rlhf_token as ppo
 
     small = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
     sizes = QWEN2 | {"vocab_size": 151_936, "tie_word_embeddings": True}
-    if work == "speed":
+    if work != "memory":
         sizes = small | {"num_key_value_heads": 4, "vocab_size": 256}
     config = AutoConfig.for_model("qwen2", pad_token_id=0, eos_token_id=1, num_labels=1, **sizes)
     words, rng = [f"w{i}" for i in range(253)], random.Random(0)
@@ -277,7 +277,8 @@ def rlhf_side(side: str, work: str, updates: int, files: str, seed: int) -> dict
     import ppo_rlhf_token as ppo
 
     settings |= {"reward_model": f"{files}/reward"} if work == "speed" else {"lora_rank": 16, "reward_steps": 1}
-    settings |= {"model": f"{files}/model", "dataset": f"{files}/rows.jsonl", "sft_steps": 0, "reward_batch_size": 8}
+    model = str(ROOT / "runs/smollm2") if work == "gpu" else f"{files}/model"
+    settings |= {"model": model, "dataset": f"{files}/rows.jsonl", "sft_steps": 0, "reward_batch_size": 8}
     settings |= {"batch_size": batch, "num_minibatches": 1, "update_epochs": epochs, "micro_batch_size": micro_batch}
     settings |= {"critic": side, "missing_eos_penalty": 0.0, "eval_samples": 4, "bf16": work == "gpu", "device": DEVICE}
     rollouts, update_times, generations = [], [], []
@@ -449,7 +450,8 @@ def llm(args: Args) -> dict:
 
 def rlhf(args: Args, on_cpu: str = "speed") -> dict:
     """Token-level PPO beside TRL's trainer: episodes/s with a shared and a separate critic, or peak memory with LoRA
-    at Qwen2-0.5B's size. Where there is a GPU, tokens/s at that size in bfloat16, by critic."""
+    at Qwen2-0.5B's size. Where there is a GPU, tokens/s of SmolLM2 (`python benchmarks/smollm2.py runs/smollm2`) in
+    bfloat16, by critic."""
     work = "gpu" if DEVICE == "cuda" else on_cpu
     names = ("shared", "separate", "trl") if DEVICE == "cpu" else ("shared", "separate")
     with tempfile.TemporaryDirectory() as files:
@@ -457,6 +459,8 @@ def rlhf(args: Args, on_cpu: str = "speed") -> dict:
         given = {"work": work, "updates": args.updates, "files": files}
         results = in_turn(args.pairs, {name: (rlhf_side, given | {"side": name}) for name in names})
     size = "4-layer, 128-wide Qwen2, 64 prompts × 24 tokens, 4 epochs" if work == "speed" else "Qwen2-0.5B's size, LoRA"
+    if work == "gpu":
+        size = "SmolLM2-135M in bfloat16, LoRA, 256 prompts × 128 tokens, 2 epochs"
     figures = [("episodes_per_second", "episodes/s", 1)] if work == "speed" else [("peak_memory", "GB", 1e9)]
     if work == "gpu":
         figures += [(f"{part}_tokens_per_second", f"{part} tokens/s", 1) for part in ("generation", "update")]
