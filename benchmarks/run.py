@@ -355,7 +355,8 @@ def run_suite(suite: Suite, args: Args, folder: Path) -> bool:
                 failed += 1
                 end = f"FAILED, {error}"
             print(f"{count} of {len(to_do)}: {run.name}: {end}", file=sys.stderr)
-    print(f"{len(runs) - failed} of {len(runs)} runs are in {folder}; the same command tries the others again")
+    again = "; the same command tries the others again" if failed else ""
+    print(f"{len(runs) - failed} of {len(runs)} runs are in {folder}{again}")
     return not failed
 
 
