@@ -34,24 +34,12 @@ FIGURES = Path(__file__).parent / "figures"
 DOCUMENTS = (ROOT / "README.md", *sorted(ROOT.glob("*/*.md")))
 ORDER = ("classic", "mujoco", "llm", "pizza", "rlhf")  # of suites in the overview; others come after them
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
-STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "gray")
-STYLE |= dict.fromkeys(
-    ("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"
-)  # gray on nothing: for light and dark pages
-STYLE |= {
-    "font.size": 8,
-    "font.sans-serif": ["DejaVu Sans", "Arial"],
-    "axes.titlesize": 8,
-    "axes.grid": True,
-    "grid.color": "gray",
-    "grid.alpha": 0.25,
-}
-STYLE |= {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ppo",
-}  # equal results, equal file
+# Gray on nothing, for light and dark pages; text as text, and equal results as an equal file.
+STYLE = {"font.size": 8, "font.sans-serif": ["DejaVu Sans", "Arial"], "axes.titlesize": 8}
+STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "gray")
+STYLE |= dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none")
+STYLE |= {"axes.grid": True, "grid.color": "gray", "grid.alpha": 0.25, "svg.fonttype": "none", "svg.hashsalt": "ppo"}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 
 
 @dataclass

@@ -325,7 +325,8 @@ def save(folder: Path, name: str, record: dict, text: str) -> None:
 def run_suite(suite: Suite, args: Args, folder: Path) -> bool:
     """Runs what is missing and saves it; whether all of it ended well. Raises BenchmarkError where a result was made in
     another way, unless args.redo."""
-    runs, git, code, to_do, failed = suite.runs(args.seeds or suite.seeds), commit(), code_hash(suite.text), [], 0
+    runs = suite.runs(suite.seeds if args.seeds is None else args.seeds)
+    git, code, to_do, failed = commit(), code_hash(suite.text), [], 0
 
     def changes(run: Run, record: dict) -> str:  # from that of the same run if it started here and now
         now = {"command": run.command, "code": code, "versions": installed(record["versions"])}

@@ -259,9 +259,8 @@ def rlhf_side(side: str, work: str, updates: int, files: str, seed: int) -> dict
     thread. "speed": a reward model and, where the critic is separate (TRL knows no other), a critic of the policy's
     size, all weights trained. Else: LoRA, a reward model and a critic; ours trains its reward model, an adapter, for a
     step."""
-    batch, epochs, length, micro_batch = {"speed": (64, 4, 24, 64), "memory": (8, 1, 24, 8), "gpu": (256, 2, 128, 64)}[
-        work
-    ]
+    sizes = {"speed": (64, 4, 24, 64), "memory": (8, 1, 24, 8), "gpu": (256, 2, 128, 64)}
+    batch, epochs, length, micro_batch = sizes[work]
     updates = {"speed": updates, "memory": 1, "gpu": 3}[work]
     settings = {
         "response_length": length,
@@ -271,9 +270,8 @@ def rlhf_side(side: str, work: str, updates: int, files: str, seed: int) -> dict
         "total_episodes": batch * updates,
     }
     if side == "trl":
-        return {
-            "episodes_per_second": batch * updates / trl_seconds(Path(files), batch, epochs, work != "speed", settings)
-        }
+        seconds = trl_seconds(Path(files), batch, epochs, work != "speed", settings)
+        return {"episodes_per_second": batch * updates / seconds}
     import ppo_rlhf_token as ppo
 
     settings |= {"reward_model": f"{files}/reward"} if work == "speed" else {"lora_rank": 16, "reward_steps": 1}
