@@ -61,15 +61,16 @@ class Results:
 
 
 def load_results(suite: Suite, folder: Path) -> Results:
-    """The suite's results in folder, as far as they are there. Raises BenchmarkError for broken ones, and for some that
-    do not belong together: another command than the suite's, or code or versions that differ among them."""
-    rows, curves = [], {}
+    """The suite's results in folder, as far as they are there. Raises BenchmarkError for some that do not belong
+    together: another command than the suite's, or code or versions that differ among those of a script."""
+    rows, curves, firsts = [], {}, {}
     for run in suite.runs(suite.seeds):
         if result := read_result(suite, run, folder):
             record, curve = result
             rows.append(record["summary"] | record | {"task": run.task, "setting": run.setting})
             curves.setdefault(run[:2], {})[run.seed] = curve
-            if other := differences(record, rows[0] | {"command": run.command}):
+            first = firsts.setdefault(run.command.split()[1], record)
+            if other := differences(record, first | {"command": run.command}):
                 mend = f"python benchmarks/run.py {suite.name} --redo"
                 raise BenchmarkError(f"{folder / run.name}.json does not belong to the others, it has {other}: {mend}")
     if not rows:
@@ -174,10 +175,10 @@ def draw(results: Results) -> Figure:
 
 
 def overview(loaded: dict[str, Results]) -> list[tuple[str, str, Results]]:
-    """Script, task and results of the first suite of each script, recipes aside."""
+    """Script, task and results of the first suite of each script."""
     firsts = {}
     for results in loaded.values():
-        if results.suite.script.endswith(".py"):
+        if results.suite.script:
             firsts.setdefault(results.suite.script, (results.suite.groups[0]["task"], results))
     return [(script, *first) for script, first in firsts.items()]
 
@@ -191,11 +192,10 @@ def draw_overview(loaded: dict[str, Results]) -> Figure:
     return figure
 
 
-def fingerprint(results: Results) -> str:
+def fingerprint(suite: Suite, folder: Path) -> str:
     """Which results a figure was drawn from, as what, and by which code."""
-    parts = [*sorted(results.runs["sha256"]), (SUITES / f"{results.suite.name}.toml").read_text()]
-    parts.append(code_hash(Path(__file__).read_text()))
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+    texts = [path.read_text() for path in (SUITES / f"{suite.name}.toml", *sorted(folder.iterdir()))]
+    return hashlib.sha256("".join([*texts, code_hash(Path(__file__).read_text())]).encode()).hexdigest()[:16]
 
 
 def save_figure(path: Path, draw: Callable[[], Figure], mark: str) -> None:
@@ -211,7 +211,9 @@ def save_figure(path: Path, draw: Callable[[], Figure], mark: str) -> None:
 
 
 def number(value: float, digits: int = 1) -> str:
-    """With thousands' commas and a proper minus."""
+    """With thousands' commas and a proper minus; "" for nan, where a setting has no such figure."""
+    if np.isnan(value):
+        return ""
     return f"{value:,.{digits}f}".replace("-", "−")
 
 
@@ -359,7 +361,7 @@ def renew(write: bool) -> list[Path]:
             wrong.append(path)
             if write:
                 path.write_text(new)
-    marks = {name: fingerprint(results) for name, results in loaded.items()}
+    marks = {name: fingerprint(results.suite, RESULTS / name) for name, results in loaded.items()}
     figures = {name: (marks[name], partial(draw, results)) for name, results in loaded.items()}
     figures["overview"] = (" ".join(marks.values()), partial(draw_overview, loaded))
     for name, (mark, draw_it) in figures.items():
@@ -387,7 +389,7 @@ def main() -> None:
             raise BenchmarkError(f"{args.results} holds results of no suite: benchmarks/run.py makes them")
         for name, results in loaded.items():
             path = args.results / f"{name}.svg"
-            save_figure(path, partial(draw, results), fingerprint(results))
+            save_figure(path, partial(draw, results), "results of one's own")
             print(results_table(results), f"\n{path} has the figure\n", sep="\n")
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)

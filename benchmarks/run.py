@@ -1,13 +1,13 @@
-"""Runs a suite: script x tasks x settings x seeds as processes of one thread each; results go to results/SUITE/.
+"""Runs a suite: scripts x tasks x settings x seeds as processes of one thread each; results go to results/SUITE/.
 
     python benchmarks/run.py classic                     # all that is not there yet
     python benchmarks/run.py mujoco --seeds 1 --workers 4
     python benchmarks/run.py mujoco --ray auto           # spread over a Ray cluster; "local" starts one here
     python benchmarks/run.py pizza --check               # one run again: does it give the committed figures?
 
-Complete runs are skipped, broken ones redone. A failed run is shown with its last lines while the others go on; then
-the exit code is 1. Each run leaves two files, TASK__SETTING__SEED.csv with its metrics on a fixed grid of steps, and a
-.json beside it with its final figures, all that they depend on, and a checksum of both files.
+A failed run is shown with its last lines while the others go on; then the exit code is 1. Each run leaves two files,
+TASK__SETTING__SEED.csv with its metrics on a fixed grid of steps, and a .json beside it with its final figures and all
+that they depend on.
 """
 
 import ast
@@ -31,7 +31,6 @@ import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -48,20 +47,13 @@ RESULTS = Path(__file__).parent / "results"
 class Args:
     """Runs a suite and writes its results."""
 
-    suite: tyro.conf.Positional[str]
-    """which: a file of benchmarks/suites, without its ending"""
-    seeds: int | None = None
-    """run so many seeds; default: the suite's number"""
-    workers: int = 2
-    """runs at a time on this machine"""
-    ray: str | None = None
-    """address of a Ray cluster to run on instead; "auto" finds one, "local" starts one here with this many workers"""
-    results: Path = RESULTS
-    """folder for the results, each suite's in its own"""
-    redo: bool = False
-    """run again what is there with other flags, versions or code"""
-    check: bool = False
-    """run the suite's first run once more and compare it with its result; writes nothing"""
+    suite: tyro.conf.Positional[str]  # which: a file of benchmarks/suites, without its ending
+    seeds: int | None = None  # run so many seeds; default: the suite's number
+    workers: int = 2  # runs at a time on this machine
+    ray: str | None = None  # a Ray cluster's address; "auto" finds one, "local" starts one here with --workers
+    results: Path = RESULTS  # folder for the results, each suite's in its own
+    redo: bool = False  # run again what is there with other flags, versions or code
+    check: bool = False  # run the suite's first run once more and compare it with its result; writes nothing
 
 
 class BenchmarkError(Exception):
@@ -78,6 +70,7 @@ class Run(NamedTuple):
     setting: str
     seed: int
     command: str
+    steps: range  # the grid
 
     @property
     def name(self) -> str:
@@ -91,17 +84,17 @@ class Suite:
 
     name: str
     title: str  # of its figure
-    script: str  # or a patch of one: recipes/SCRIPT__NAME.patch
     seeds: int  # how many
     timeout_minutes: float  # a run that takes longer is stopped
-    grid: int  # steps between two rows of a result
-    until: int  # step of its last row
     metrics: list[str]  # columns of metrics.csv that a result keeps
     xlabel: str  # what a step is
     figures: list[dict]  # figures of summary.json for the table: name, label, digits, scale; the first one matters most
     panels: list[dict]  # metrics to draw for each task: metric, label; of these settings, until a step, log10 of it
     settings: dict[str, str]  # what they are called
-    groups: list[dict[str, str]]  # task, setting, flags
+    groups: list[dict]  # task, setting, flags; and where they are not the suite's script, grid, until
+    script: str = ""  # or a patch of one: recipes/SCRIPT__NAME.patch
+    grid: int = 0  # steps between two rows of a result
+    until: int = 0  # step of its last row
     normalise: dict[str, tuple[float, float]] = field(default_factory=dict)  # task: returns that score 0 and 1
     normalised_by: str = ""  # where these two are from
     first_seed: int = 1  # another where some seeds were used to choose the settings
@@ -114,29 +107,16 @@ class Suite:
         """The figure of summary.json that matters most."""
         return self.figures[0]["name"]
 
-    @property
-    def steps(self) -> list[int]:
-        """The grid."""
-        return [*range(self.grid, self.until + 1, self.grid)]
-
     def runs(self, seeds: int) -> list[Run]:
         """All runs, seed by seed, so that a part of them covers all groups."""
         runs = []
         for seed in range(self.first_seed, self.first_seed + seeds):
             for group in self.groups:
-                command = ["python", self.script, *group["flags"].split(), "--seed", str(seed)]
-                runs.append(Run(group["task"], group["setting"], seed, " ".join(command)))
+                group = vars(self) | group
+                command = f"python {group['script']} {' '.join(group['flags'].split())} --seed {seed}"
+                steps = range(group["grid"], group["until"] + 1, group["grid"])
+                runs.append(Run(group["task"], group["setting"], seed, command.replace("  ", " "), steps))
         return runs
-
-    @cached_property
-    def text(self) -> str:
-        """The script, as it is when this is first asked for; of a patch, what it makes of its script."""
-        if not self.script.endswith(".patch"):
-            return (ROOT / self.script).read_text()
-        with tempfile.TemporaryDirectory() as folder:
-            original, patched = Path(self.script).name.partition("__")[0] + ".py", Path(folder, "patched.py")
-            subprocess.run(["patch", "-s", "-o", patched, original, self.script], cwd=ROOT, check=True)
-            return patched.read_text()
 
 
 def load_suite(name: str) -> Suite:
@@ -146,6 +126,17 @@ def load_suite(name: str) -> Suite:
         names = ", ".join(sorted(path.stem for path in SUITES.glob("*.toml")))
         raise BenchmarkError(f"there is no suite {name}: choose one of {names}")
     return Suite(name, **tomllib.loads(path.read_text()))
+
+
+def code_of(run: Run) -> str:
+    """Text of the script that a run runs; of a patch, what it makes of its script."""
+    script = run.command.split()[1]
+    if not script.endswith(".patch"):
+        return (ROOT / script).read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        original, patched = Path(script).name.partition("__")[0] + ".py", Path(folder, "patched.py")
+        subprocess.run(["patch", "-s", "-o", patched, original, script], cwd=ROOT, check=True)
+        return patched.read_text()
 
 
 def code_hash(text: str) -> str:
@@ -162,8 +153,8 @@ def code_hash(text: str) -> str:
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
-def on_grid(suite: Suite, metrics: str) -> str:
-    """A run's metrics.csv, as text, on the suite's grid: each row the mean of the iterations that ended since the row
+def on_grid(metrics: str, columns: list[str], steps: range) -> str:
+    """Columns of a run's metrics.csv, as text, on a grid: each row the mean of the iterations that ended since the row
     before, the last one with all that come after. Iterations of before the first figure (nan) do not count. Raises
     BenchmarkError where the metrics end early or lack a column."""
 
@@ -171,33 +162,20 @@ def on_grid(suite: Suite, metrics: str) -> str:
         return float(sum(values.dropna())) / values.count() if values.count() else math.nan
 
     table = pd.read_csv(io.StringIO(metrics))
-    if {"global_step", *suite.metrics} - {*table} or table["global_step"].max() < suite.until:
-        raise BenchmarkError(f"metrics.csv ends before step {suite.until} or lacks one of {', '.join(suite.metrics)}")
-    table["global_step"] = (-(-table["global_step"] // suite.grid) * suite.grid).clip(upper=suite.until)
-    return table.groupby("global_step")[suite.metrics].agg(mean).reindex(suite.steps).to_csv(na_rep="nan")
-
-
-def checksum(record: dict, text: str) -> str:
-    """SHA-256 of a result: its record without the checksum, and its CSV text."""
-    whole = {name: value for name, value in record.items() if name != "sha256"}
-    return hashlib.sha256((json.dumps(whole, sort_keys=True) + text).encode()).hexdigest()
+    if {"global_step", *columns} - {*table} or table["global_step"].max() < steps[-1]:
+        raise BenchmarkError(f"metrics.csv ends before step {steps[-1]} or lacks one of {', '.join(columns)}")
+    table["global_step"] = (-(-table["global_step"] // steps.step) * steps.step).clip(upper=steps[-1])
+    return table.groupby("global_step")[columns].agg(mean).reindex(steps).to_csv(na_rep="nan")
 
 
 def read_result(suite: Suite, run: Run, folder: Path) -> tuple[dict, pd.DataFrame] | None:
-    """Record and metrics of a run in folder; None where there are none. Raises BenchmarkError for files that are
-    missing, cut short, changed, or of another form than the suite's."""
-    json_path, csv_path = (folder / f"{run.name}{ending}" for ending in (".json", ".csv"))
-    if not json_path.exists() and not csv_path.exists():
-        return None
+    """Record and metrics of a run in folder; None where they are not there, not whole or not on the suite's grid."""
+    path = folder / f"{run.name}.json"
     try:
-        record, text = json.loads(json_path.read_text()), csv_path.read_text()
-        metrics = pd.read_csv(io.StringIO(text), index_col="global_step")
-        if record["sha256"] != checksum(record, text) or [*metrics.index] != suite.steps:
-            raise ValueError
-        return record, metrics[suite.metrics]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        mend = f"python benchmarks/run.py {suite.name} runs it again"
-        raise BenchmarkError(f"{json_path} and its .csv are not what a run of this suite wrote: {mend}") from error
+        record, metrics = json.loads(path.read_text()), pd.read_csv(path.with_suffix(".csv"), index_col="global_step")
+        return (record, metrics[suite.metrics]) if [*metrics.index] == [*run.steps] else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def differences(record: dict, other: dict) -> str:
@@ -245,8 +223,7 @@ def execute(text: str, command: str, root: str, timeout: float, is_stopped: Call
     the cores. Returns wall-clock seconds, the machine, versions of the packages in the script's head, and the texts of
     its metrics.csv, config.json and summary.json, or "error" with its last lines. Plain values alone, for Ray."""
     _, script, *flags = command.split()
-    head = text.partition("\n# ///\n")[0]
-    facts = {"machine": machine(), "versions": installed(re.findall(r'"([\w-]+)[^"]*=', head))}
+    packages = re.findall(r'"([\w-]+)[^"]*=', text.partition("\n# ///\n")[0])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.abspath(root)}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, open(f"{folder}/output", "w+b") as output:
         path = Path(folder, Path(script).stem + ".py")
@@ -260,19 +237,18 @@ def execute(text: str, command: str, root: str, timeout: float, is_stopped: Call
         finally:
             process.kill()
             process.wait()
-        seconds = time.perf_counter() - start
+        facts = {"seconds": time.perf_counter() - start, "machine": machine(), "versions": installed(packages)}
         files = [Path(folder, "run", name) for name in ("metrics.csv", "config.json", "summary.json")]
         if code == 0 and all(file.exists() for file in files):
-            return facts | {"seconds": seconds} | {file.name: file.read_text() for file in files}
+            return facts | {file.name: file.read_text() for file in files}
         ended = f"exit code {code}" if code is not None else f"no end within {timeout / 60:g} minutes"
         output.seek(0)
         return {"error": "\n    ".join([ended, *output.read().decode(errors="replace").splitlines()[-10:]])}
 
 
-def run_all(suite: Suite, runs: list[Run], args: Args) -> Iterator[tuple[Run, dict]]:
+def run_all(runs: list[Run], texts: dict[Run, str], timeout: float, args: Args) -> Iterator[tuple[Run, dict]]:
     """Runs and what execute returned for them, as they end: so many at a time on this machine, or on a Ray cluster,
     whose machines need the packages of requirements.txt; this folder is sent to them."""
-    given = {"text": suite.text, "timeout": 60 * suite.timeout_minutes}
     if args.ray:
         import ray
 
@@ -282,11 +258,11 @@ def run_all(suite: Suite, runs: list[Run], args: Args) -> Iterator[tuple[Run, di
         ray.init(**where, runtime_env=copy, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # instead of Ray's own
         task = ray.remote(num_cpus=1)(execute)
-        futures = {task.remote(command=run.command, root=".", **given).future(): run for run in runs}
+        futures = {task.remote(texts[run], run.command, ".", timeout).future(): run for run in runs}
     else:
         pool, stopping = ThreadPoolExecutor(args.workers), threading.Event()
-        given |= {"root": str(ROOT), "is_stopped": stopping.is_set}
-        futures = {pool.submit(execute, command=run.command, **given): run for run in runs}
+        given = (str(ROOT), timeout, stopping.is_set)
+        futures = {pool.submit(execute, texts[run], run.command, *given): run for run in runs}
     try:
         for future in as_completed(futures):
             error = future.exception()  # its machine is gone, no space, no memory for a process ...
@@ -299,23 +275,22 @@ def run_all(suite: Suite, runs: list[Run], args: Args) -> Iterator[tuple[Run, di
             pool.shutdown(cancel_futures=True)
 
 
-def result_of(suite: Suite, run: Run, outcome: dict, git: str) -> tuple[dict, str]:
+def result_of(suite: Suite, run: Run, outcome: dict, text: str, git: str) -> tuple[dict, str]:
     """Record and CSV text of a run. Raises BenchmarkError where it failed or lacks what the suite shows."""
     if "error" in outcome:
         raise BenchmarkError(outcome["error"])
     config, summary = json.loads(outcome["config.json"]), json.loads(outcome["summary.json"])
-    if lacking := {figure["name"] for figure in suite.figures} - {*summary}:
-        raise BenchmarkError(f"summary.json has no {', '.join(sorted(lacking))}, which the suite shows")
+    if suite.headline not in summary:
+        raise BenchmarkError(f"summary.json has no {suite.headline}, which the suite shows")
     record = {"command": run.command, "flags": config.get("args", config) | {"run_dir": None}}  # a temporary folder
-    record |= {"versions": outcome["versions"], "git": git, "code": code_hash(suite.text)}
+    record |= {"versions": outcome["versions"], "git": git, "code": code_hash(text)}
     record |= {"machine": outcome["machine"], "seconds": round(outcome["seconds"], 1), "summary": summary}
-    return record, on_grid(suite, outcome["metrics.csv"])
+    return record, on_grid(outcome["metrics.csv"], suite.metrics, run.steps)
 
 
 def save(folder: Path, name: str, record: dict, text: str) -> None:
-    """Writes both files of a result, each at once; the record, which vouches for both, comes last."""
+    """Writes both files of a result, each at once, the record last."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = record | {"sha256": checksum(record, text)}
     for ending, content in ((".csv", text), (".json", json.dumps(record, indent=1) + "\n")):
         part = folder / f"{name}{ending}.part"
         part.write_text(content)
@@ -323,31 +298,27 @@ def save(folder: Path, name: str, record: dict, text: str) -> None:
 
 
 def run_suite(suite: Suite, args: Args, folder: Path) -> bool:
-    """Runs what is missing and saves it; whether all of it ended well. Raises BenchmarkError where a result was made in
-    another way, unless args.redo."""
+    """Runs what is missing or broken and saves it; whether all of it ended well. Raises BenchmarkError where a result
+    was made in another way, unless args.redo."""
     runs = suite.runs(suite.seeds if args.seeds is None else args.seeds)
-    git, code, to_do, failed = commit(), code_hash(suite.text), [], 0
+    texts, git, to_do, failed = {run: code_of(run) for run in runs}, commit(), [], 0
 
     def changes(run: Run, record: dict) -> str:  # from that of the same run if it started here and now
-        now = {"command": run.command, "code": code, "versions": installed(record["versions"])}
+        now = {"command": run.command, "code": code_hash(texts[run]), "versions": installed(record["versions"])}
         return differences(record, now)
 
     for run in runs:
-        try:
-            result = read_result(suite, run, folder)
-        except BenchmarkError as error:
-            print(error, file=sys.stderr)
-            result = None
+        result = read_result(suite, run, folder)
         other = result and changes(run, result[0])
         if other and not args.redo:
             mend = "--redo runs it again, --results FOLDER leaves it alone"
             raise BenchmarkError(f"{folder / run.name}.json has {other}: {mend}")
         if other or not result:
             to_do.append(run)
-    with contextlib.closing(run_all(suite, to_do, args)) as outcomes:
+    with contextlib.closing(run_all(to_do, texts, 60 * suite.timeout_minutes, args)) as outcomes:
         for count, (run, outcome) in enumerate(outcomes, 1):
             try:
-                record, metrics = result_of(suite, run, outcome, git)
+                record, metrics = result_of(suite, run, outcome, texts[run], git)
                 if other := changes(run, record):  # on a machine of a Ray cluster
                     raise BenchmarkError(f"its machine has {other}: install requirements.txt there")
                 save(folder, run.name, record, metrics)
@@ -369,9 +340,11 @@ def check(suite: Suite, folder: Path) -> bool:
     if None in results:
         raise BenchmarkError(f"{folder} lacks results: python benchmarks/run.py {suite.name} makes them")
     print(first.command)
-    outcome = execute(suite.text, first.command, str(ROOT), 60 * suite.timeout_minutes)
-    (record, metrics), committed = result_of(suite, first, outcome, ""), results[0][0]
-    value, values = record["summary"][name], [old["summary"][name] for old, _ in results]
+    text = code_of(first)
+    outcome = execute(text, first.command, str(ROOT), 60 * suite.timeout_minutes)
+    record, metrics = result_of(suite, first, outcome, text, commit())
+    committed, values = results[0][0], [old["summary"][name] for old, _ in results]
+    value = record["summary"][name]
     if metrics == (folder / f"{first.name}.csv").read_text() and value == values[0]:
         print(f"bit for bit as in {folder / first.name}.csv, {name} {value:g} as well")
         return True
@@ -392,8 +365,7 @@ def main() -> None:
         folder = args.results / suite.name
         sys.exit(not (check(suite, folder) if args.check else run_suite(suite, args, folder)))
     except BenchmarkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the runs that are missing", file=sys.stderr)
         sys.exit(130)

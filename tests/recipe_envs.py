@@ -1,8 +1,11 @@
 """Tiny environments for the recipes. Ids: `recipe_envs:<Name>-v0`."""
 
+import contextlib
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from gymnasium.wrappers import DiscretizeAction
 
 
 class Doors(gym.Env):
@@ -107,3 +110,8 @@ class Echo(gym.Env):
 
 for env in (Doors, DictDoors, Code, Spot, Echo):
     gym.register(f"{env.__name__}-v0", env)
+gym.register("Torques-v0", lambda: DiscretizeAction(gym.make("Reacher-v5"), 5, multidiscrete=True))
+with contextlib.suppress(ModuleNotFoundError):  # which the suite of the recipes needs, but no test
+    import minatar.gym
+
+    minatar.gym.register_envs()

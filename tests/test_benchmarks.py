@@ -15,7 +15,7 @@ import pytest
 import run as runner
 import scipy.stats
 import speed
-from run import BenchmarkError, Suite, checksum, code_hash, load_suite, on_grid
+from run import BenchmarkError, Suite, code_hash, load_suite, on_grid
 
 ROOT = Path(__file__).parent.parent
 # A script that behaves like ours as far as the runner can see: it leaves a run of three iterations, or it does not.
@@ -106,10 +106,8 @@ def project(tmp_path, monkeypatch):
 
 
 def rewrite(path, **changes):
-    """Gives a record other facts, and the checksum that belongs to them."""
-    record = json.loads(path.read_text()) | changes
-    record["sha256"] = checksum(record, path.with_suffix(".csv").read_text())
-    path.write_text(json.dumps(record))
+    """Gives a record other facts."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 # ---------------------------------------------------------------------------------------------------------- the runner
@@ -144,14 +142,13 @@ def test_broken_results_are_redone_and_foreign_ones_are_not_mixed_in(project):
     paths = [toys.results / name for name in ("well__ours__1.csv", "well__ours__2.json")]
     for path in paths:  # cut short, as a full disk leaves them
         path.write_bytes(path.read_bytes()[:-20])
-    code, _, err, started = toys.run()
+    code, _, _, started = toys.run()
     assert (code, started) == (0, ["well 1", "well 2"])
-    assert err.count(" and its .csv are not what a run of this suite wrote") == 2
     assert toys.texts("*.csv") == whole
 
     rewrite(paths[1], versions={"numpy": "1.0", "not-installed": "1"})
     code, _, err, started = toys.run()
-    assert (code, started) == (2, [])
+    assert (code, started) == (1, [])
     assert f"has numpy 1.0 (not {np.__version__}): --redo" in err
     assert toys.run("--redo")[3] == ["well 2"]
     assert json.loads(paths[1].read_text())["versions"]["numpy"] == np.__version__
@@ -206,7 +203,7 @@ def test_ray_gives_the_same_results(project):
     there = toys.texts()
     for texts in (here, there):
         for name in [name for name in texts if name.endswith(".json")]:
-            texts[name] = json.loads(texts[name]) | {"seconds": 0, "sha256": ""}
+            texts[name] = json.loads(texts[name]) | {"seconds": 0}
     assert there == here
 
 
@@ -256,7 +253,7 @@ def test_a_recipe_runs_as_the_file_that_it_makes(project):
 def test_unknown_suite():
     command = [sys.executable, "benchmarks/run.py", "classics"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert done.stderr.startswith("error: there is no suite classics: choose one of cheerful, classic, llm, llm_body,")
 
 
@@ -285,18 +282,21 @@ def toys(tmp_path):
         summary = {"final": more or (2 * run.seed if run.task == "A" else -run.seed), "share": 0.25}
         outcome = {"metrics.csv": metrics, "config.json": "{}", "summary.json": json.dumps(summary)}
         outcome |= {"seconds": 60.0 + run.seed, "versions": {"torch": "2"}, "machine": "a toy's"}
-        runner.save(tmp_path, run.name, *runner.result_of(suite, run, outcome, "commit"))
+        runner.save(tmp_path, run.name, *runner.result_of(suite, run, outcome, "x = 1\n", "commit"))
     return suite, tmp_path
 
 
-def test_grid_by_hand(toys):
-    suite, _ = toys
+def test_grid_by_hand():
+    columns, steps = ["return"], range(10, 31, 10)
     metrics = "iteration,global_step,return\n" + "1,4,nan\n2,10,1\n3,11,2\n4,20,4\n5,29,5\n6,33,7\n"
-    assert on_grid(suite, metrics) == "global_step,return\n10,1.0\n20,3.0\n30,6.0\n"
-    assert on_grid(suite, "global_step,return\n4,nan\n20,2\n40,3\n") == "global_step,return\n10,nan\n20,2.0\n30,3.0\n"
+    assert on_grid(metrics, columns, steps) == "global_step,return\n10,1.0\n20,3.0\n30,6.0\n"
+    assert (
+        on_grid("global_step,return\n4,nan\n20,2\n40,3\n", columns, steps)
+        == "global_step,return\n10,nan\n20,2.0\n30,3.0\n"
+    )
     for metrics in ("global_step,return\n20,1\n", "global_step,reward\n30,1\n"):
         with pytest.raises(BenchmarkError, match="ends before step 30 or lacks one of return"):
-            on_grid(suite, metrics)
+            on_grid(metrics, columns, steps)
 
 
 def test_code_hash_sees_code_alone():
@@ -362,27 +362,20 @@ def test_figure_shows_each_seed_the_mean_and_its_interval(toys):
         assert [at_end.min(), at_end.max()] == pytest.approx([3 * low, 3 * high])
 
 
-@pytest.mark.parametrize("kind", ["cut", "changed", "no csv", "versions", "code", "command", "only there"])
-def test_broken_and_foreign_results_are_not_drawn(toys, kind):
+def test_broken_and_foreign_results_are_not_drawn(toys):
     suite, folder = toys
-    path, table = folder / "A__x__2.json", folder / "A__x__2.csv"
-    facts = {
-        "versions": {"torch": "3"},
-        "code": "0",
-        "command": "python x.py",
-        "only there": {"torch": "2", "jax": "1"},
-    }
-    if kind == "no csv":
-        table.unlink()
-    elif kind in ("cut", "changed"):
-        table.write_text(table.read_text()[:-5] if kind == "cut" else table.read_text().replace("30,12", "30,9"))
-    else:
-        rewrite(path, **{"versions" if kind == "only there" else kind: facts[kind]})
-    if kind == "only there":  # a package that only some machines have makes no difference
-        assert len(plot.load_results(suite, folder).runs) == 16
-        return
-    with pytest.raises(BenchmarkError, match=r"and its \.csv are not|does not belong"):
-        plot.load_results(suite, folder)
+    path, other = folder / "A__x__2.json", folder / "A__x__3.json"
+    rewrite(path, versions={"torch": "2", "jax": "1"})  # a package that only some machines have makes no difference
+    assert len(plot.load_results(suite, folder).runs) == 16
+    path.with_suffix(".csv").unlink()
+    other.with_suffix(".csv").write_text(other.with_suffix(".csv").read_text()[:-20])
+    assert len(plot.load_results(suite, folder).runs) == 14
+    path, text = folder / "A__x__4.json", (folder / "A__x__4.json").read_text()
+    for name, fact in (("torch", "3"), ("code", "0"), ("command", "python x.py")):
+        rewrite(path, **{"versions": {name: fact}} if name == "torch" else {name: fact})
+        with pytest.raises(BenchmarkError, match=f"does not belong to the others, it has {name} "):
+            plot.load_results(suite, folder)
+        path.write_text(text)
 
 
 def test_tables_and_links_are_put_where_they_belong():
@@ -437,7 +430,7 @@ def test_results_of_ones_own(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", sorted(folder.name for folder in plot.RESULTS.iterdir() if folder.name != "speed"))
 def test_committed_results_are_complete(name):
-    """Every seed of every group, made by the suite's command, with one version of the code."""
+    """Every seed of every group, whole, made by the suite's command, with one version of the code."""
     suite = load_suite(name)
     groups = plot.load_results(suite, ROOT / "benchmarks/results" / name).groups()
     assert [(*key, len(runs)) for *key, runs in groups] == [
