@@ -1,7 +1,10 @@
 """The documents: links lead somewhere, snippets run, every metric is explained, README is short and says what is so."""
 
 import ast
+import importlib.util
+import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -106,6 +109,59 @@ def lake(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     ppo.train(ppo.Args(env_id="FrozenLake-v1", total_timesteps=1), folder / "runs/lake")
     return folder
+
+
+def commands():
+    """Of README, in their order: those of our scripts, without what comes after a |, && or #."""
+    lines = "".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", "").splitlines()
+    return [match[0] for line in lines for match in re.finditer(r"python (ppo_\w+\.py)[^|&#]*", line)]
+
+
+def test_commands_of_the_readme(tmp_path, monkeypatch):
+    """Each as it stands, and then with sizes that are small; a small model stands where the hub's would."""
+    import transformers
+
+    import ppo_rlhf_token
+
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Qwen2Config(**sizes, num_key_value_heads=2, vocab_size=64, pad_token_id=0, eos_token_id=1)
+    for folder in ("Qwen/Qwen2-0.5B-Instruct", "runs/smollm2"):
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        ppo_rlhf_token.make_tokenizer(["Thank you for"]).save_pretrained(folder)
+    Path("rows.jsonl").write_text("".join(json.dumps({"prompt": f"Thank you {x}"}) + "\n" for x in range(8)))
+    Path("my_reward.py").write_text("def score(prompts, responses):\n    return [float(len(x)) for x in responses]\n")
+    Path("benchmarks").symlink_to(ROOT / "benchmarks")
+    small = {
+        "ppo_mlp_discrete.py": ["--total-timesteps", "99", "--num-steps", "8", "--eval-episodes", "1"],
+        "ppo_rlhf_token.py": [
+            "--batch-size",
+            "4",
+            "--num-minibatches",
+            "1",
+            "--micro-batch-size",
+            "4",
+            "--eval-samples",
+            "2",
+            "--response-length",
+            "4",
+        ],
+    }
+    for command in commands():
+        _, script, *flags = shlex.split(command)
+        if "benchmarks/vader.py:score" in flags and not importlib.util.find_spec("vaderSentiment"):
+            continue
+        if script == "ppo_rlhf_token.py" and "--play" not in flags:
+            flags += ["--total-episodes", "8" if "--resume" in flags else "4"]
+        monkeypatch.setattr(sys, "argv", [script, *flags, *small[script]])
+        importlib.import_module(script.removesuffix(".py")).main()
+    done = {
+        path.parent.name: json.loads(path.read_text())["global_step"] for path in Path("runs").glob("*/summary.json")
+    }
+    assert done.pop("cheerful", 4) == 4
+    assert done.pop("mine") == 8
+    assert min(done.pop("lake"), *done.values()) >= 99
+    assert len(done) == 1
 
 
 def test_metrics_of_a_run_are_those_in_the_script(lake):
