@@ -1,7 +1,6 @@
 """Draws the results of all suites, writes the tables of the documents and renews the line numbers of their links.
 
     python benchmarks/plot.py                           # writes them
-    python benchmarks/plot.py --check                   # says what would change; exit code 1 if anything does
     python benchmarks/plot.py --results mine            # of a folder of your own: prints its tables, draws its figures
 
 A curve is the mean over the seeds with its 95 % bootstrap interval, each seed thin beneath it. Interquartile mean and
@@ -238,11 +237,17 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
-def figure_cells(suite: Suite, runs: pd.DataFrame) -> list[str]:
-    """The means of the suite's figures over runs, of the first one with its 95 % interval."""
-    cells = []
-    for figure in suite.figures:
-        values, digits = figure.get("scale", 1) * runs[figure["name"]].to_numpy(), figure.get("digits", 1)
+def figure_cells(results: Results, task: str, setting: str) -> list[str]:
+    """The means of the suite's figures over the seeds, of the first one with its 95 % interval; of a metric the largest
+    mean at any step."""
+    runs, cells = results.runs[(results.runs["task"] == task) & (results.runs["setting"] == setting)], []
+    for figure in results.suite.figures:
+        name, digits = figure["name"], figure.get("digits", 1)
+        if name in results.suite.metrics:
+            curve = results.curves[task, setting].xs(name, axis=1, level=1)
+            cells.append(number(curve.mean(axis=1, skipna=False).max(), digits))
+            continue
+        values = figure.get("scale", 1) * runs[name].to_numpy()
         cells.append(number(values.mean(), digits) if cells else estimate(mean, [values], digits))
     return cells
 
@@ -265,7 +270,7 @@ def results_table(results: Results) -> str:
             facts = [""] * len(facts)
         seen.add(task)
         seconds = number(group["seconds"].median(), 0)
-        rows.append([facts[0], suite.settings[setting], *figure_cells(suite, group), *facts[1:], seconds])
+        rows.append([facts[0], suite.settings[setting], *figure_cells(results, task, setting), *facts[1:], seconds])
         if suite.normalise:
             zero, one = suite.normalise[task]
             scores.setdefault(setting, []).append((group[suite.headline].to_numpy() - zero) / (one - zero))
@@ -289,7 +294,7 @@ def overview_table(loaded: dict[str, Results]) -> str:
     rows = []
     for script, task, results in overview(loaded):
         runs = results.runs[(results.runs["task"] == task) & (results.runs["setting"] == "ours")]
-        cells = [f"`{script}`", task, figure_cells(results.suite, runs)[0], ""]
+        cells = [f"`{script}`", task, figure_cells(results, task, "ours")[0], ""]
         for source in results.suite.published[:1]:
             cells[-1] = f"{published_cell(source, task)} ({source['source']})"
         rows.append([*cells, number(runs["seconds"].median() / 60)])
@@ -347,7 +352,7 @@ def load_all(folder: Path) -> dict[str, Results]:
 
 
 def renew(write: bool) -> list[Path]:
-    """Documents and figures that do not show the results that are there; brings them up to date if write."""
+    """Documents and figures that do not show the results that are there; writes them if write."""
     loaded, wrong = load_all(RESULTS), []
     tables = {name: results_table(results) for name, results in loaded.items()}
     tables |= {"overview": overview_table(loaded), "speed": speed_table(RESULTS / "speed")}
@@ -376,14 +381,12 @@ def renew(write: bool) -> list[Path]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if anything would change")
     parser.add_argument("--results", type=Path, help="folder of results of your own; its tables are printed")
     args = parser.parse_args()
     try:
         if not args.results:
-            wrong = renew(write=not args.check)
-            print(*(f"{path.relative_to(ROOT)} did not show the results" for path in wrong), sep="\n")
-            sys.exit(args.check and bool(wrong))
+            print(*renew(write=True), sep="\n")
+            return
         loaded = load_all(args.results)
         if not loaded:
             raise BenchmarkError(f"{args.results} holds results of no suite: benchmarks/run.py makes them")
@@ -392,8 +395,7 @@ def main() -> None:
             save_figure(path, partial(draw, results), "results of one's own")
             print(results_table(results), f"\n{path} has the figure\n", sep="\n")
     except BenchmarkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,9 @@ class Suite:
     timeout_minutes: float  # a run that takes longer is stopped
     metrics: list[str]  # columns of metrics.csv that a result keeps
     xlabel: str  # what a step is
-    figures: list[dict]  # figures of summary.json for the table: name, label, digits, scale; the first one matters most
+    # Figures for the table: name, label, digits, scale. Names are those of summary.json, the first one matters most, or
+    # of a metric, of which the table has the largest mean at any step.
+    figures: list[dict]
     panels: list[dict]  # metrics to draw for each task: metric, label; of these settings, until a step, log10 of it
     settings: dict[str, str]  # what they are called
     groups: list[dict]  # task, setting, flags; and where they are not the suite's script, grid, until
