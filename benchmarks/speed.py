@@ -116,9 +116,8 @@ def cleanrl(file: str, env_id: str, steps: int, seed: int) -> dict:
 def llm_policy(is_ours: bool, seed: int) -> dict:
     """A policy of Qwen2-0.5B's size, as ppo_llm_policy.py makes it and as document 000 writes it: a whole causal LM,
     dropout in the adapters, all hidden states. Encoder, head, loss and optimiser are the same."""
-    import transformers
-
     import ppo_llm_policy as ppo
+    from ppo_llm_policy import transformers  # this very module, to change what the script takes from it
 
     class DocumentsNetwork(ppo.LLMNetwork):
         def forward(self, states: torch.Tensor) -> torch.distributions.Distribution:
@@ -156,12 +155,13 @@ def llm_policy(is_ours: bool, seed: int) -> dict:
 def trl(files: str, settings: dict, has_lora: bool, seed: int) -> dict:
     """TRL's trainer, whose critic is separate and trained whole, also where the policy has LoRA."""
     import peft
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    tokenizer, ends = AutoTokenizer.from_pretrained(files), []
+    tokenizer, ends = PreTrainedTokenizerFast.from_pretrained(files), []
     rows = [json.loads(line) for line in Path(files, "rows.jsonl").read_text().splitlines()]
     settings |= {"seed": seed, "num_sample_generations": 0, "bf16": False, "gradient_checkpointing": False}
+    settings |= {"save_strategy": "no", "use_cpu": True}
     trainer = PPOTrainer(
         args=PPOConfig(**settings),
         processing_class=tokenizer,
@@ -256,7 +256,7 @@ def rlhf(args: Args, is_large: bool = False) -> list[dict]:
         work, unit, figure, sizes = "Qwen2-0.5B's size, LoRA", "GB", "peak memory", QWEN2
         batch, epochs, episodes = 8, 1, 2 * 8
     settings = {"per_device_train_batch_size": batch, "num_ppo_epochs": epochs, "total_episodes": episodes}
-    settings |= {"response_length": 24, "temperature": 1.0, "learning_rate": 1e-5, "report_to": "none", "use_cpu": True}
+    settings |= {"response_length": 24, "temperature": 1.0, "learning_rate": 1e-5}
     flags = f"--batch-size {batch} --micro-batch-size {batch} --num-minibatches 1 --update-epochs {epochs} --device cpu"
     flags += f" --total-episodes {episodes} --response-length 24 --learning-rate 1e-5 --sft-steps 0 --eval-samples 4"
     with tempfile.TemporaryDirectory() as files:
