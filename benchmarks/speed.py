@@ -49,6 +49,7 @@ class Args:
 
     suite: Literal["all", "discrete", "continuous", "llm", "rlhf", "rlhf_memory"]
     cleanrl: Path = Path("../cleanrl")  # discrete and continuous: a checkout of https://github.com/vwxyzjn/cleanrl
+    device: Literal["cpu", "cuda"] = "cpu"  # of llm and rlhf
     pairs: int | None = None  # runs of each side, in turn; default 5, of llm and rlhf 3, of rlhf_memory 1
     steps: int | None = None  # of environments, in a run of discrete and continuous; default 100,000 and 20,480
 
@@ -106,14 +107,17 @@ def cleanrl(file: str, env_id: str, steps: int, seed: int) -> dict:
     """CleanRL's file as it is. It is for gymnasium 0.29, whose TransformObservation wants no observation space."""
     import gymnasium as gym
 
-    transform, printed = gym.wrappers.TransformObservation, []
+    transform, times = gym.wrappers.TransformObservation, []
     gym.wrappers.TransformObservation = lambda env, f: transform(env, f, env.observation_space)
     sys.argv = [file, "--env-id", env_id, "--total-timesteps", str(steps), "--seed", str(seed), "--no-cuda"]
-    runpy.run_path(file, {"print": lambda *words: printed.append(words)}, "__main__")
-    return {"rate": printed[-1][1]}  # ("SPS:", 1234)
+    # It prints ("SPS:", 1234) at the end of each iteration.
+    runpy.run_path(
+        file, {"print": lambda *words: times.append(time.time()) if words[0] == "SPS:" else None}, "__main__"
+    )
+    return summarise([(moment, i * steps // len(times), 0.0) for i, moment in enumerate(times, 1)])
 
 
-def llm_policy(is_ours: bool, seed: int) -> dict:
+def llm_policy(is_ours: bool, device: str, rows: dict[str, int], seed: int) -> dict:
     """A policy of Qwen2-0.5B's size, as ppo_llm_policy.py makes it and as document 000 writes it: a whole causal LM,
     dropout in the adapters, all hidden states. Encoder, head, loss and optimiser are the same."""
     import ppo_llm_policy as ppo
@@ -124,19 +128,21 @@ def llm_policy(is_ours: bool, seed: int) -> dict:
             outputs = self.body(inputs_embeds=self.encoder(states).to(self.body.dtype), output_hidden_states=True)
             return self.distribution(self.head(outputs.hidden_states[-1][:, -1, :].float()))
 
-    args, config = ppo.Args(device="cpu"), transformers.Qwen2Config(**QWEN2 | {"vocab_size": 1})
+    args = ppo.Args(device=device, bfloat16=device == "cuda")
+    config = transformers.Qwen2Config(**QWEN2 | {"vocab_size": 1})
     transformers.Qwen2Config = lambda **_: config  # of which the script makes its body
     if not is_ours:
         args.lora_dropout, ppo.LLMNetwork = 0.05, DocumentsNetwork
         transformers.AutoModel, config.vocab_size = transformers.AutoModelForCausalLM, QWEN2["vocab_size"]
     torch.manual_seed(seed)
-    policy, critic = ppo.StochasticPolicy(ppo.LLMNetwork(args, 4, 2, True)), ppo.mlp(4, 1, 1.0)
+    policy = ppo.StochasticPolicy(ppo.LLMNetwork(args, 4, 2, True)).to(device)
+    critic = ppo.mlp(4, 1, 1.0).to(device)
     parameters = [p for p in [*policy.parameters(), *critic.parameters()] if p.requires_grad]
     optimizer, figures = torch.optim.Adam(parameters, fused=True), {}
-    for work, rows in (("forward", 8), ("update", 64)):
+    for work, count in rows.items():
         policy.train(work == "update")
-        batch = ppo.Batch(torch.randn(rows, 1, 4), torch.zeros(rows, dtype=torch.long), *torch.zeros(3, rows))
-        times = []
+        states, times = torch.randn(count, 1, 4, device=device), []
+        batch = ppo.Batch(states, torch.zeros_like(states[:, 0, 0]).long(), *torch.zeros(3, count, device=device))
         for _ in range(10):
             start = time.perf_counter()
             if work == "forward":
@@ -147,8 +153,10 @@ def llm_policy(is_ours: bool, seed: int) -> dict:
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 0.5)
                 optimizer.step()
+            if device == "cuda":
+                torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - start))
-        figures[f"{work} of {rows} states"] = statistics.median(times[2:])  # the first two warm up
+        figures[f"{work} of {count} states"] = statistics.median(times[2:])  # the first two warm up
     return figures
 
 
@@ -161,7 +169,7 @@ def trl(files: str, settings: dict, has_lora: bool, seed: int) -> dict:
     tokenizer, ends = PreTrainedTokenizerFast.from_pretrained(files), []
     rows = [json.loads(line) for line in Path(files, "rows.jsonl").read_text().splitlines()]
     settings |= {"seed": seed, "num_sample_generations": 0, "bf16": False, "gradient_checkpointing": False}
-    settings |= {"save_strategy": "no", "use_cpu": True}
+    settings |= {"save_strategy": "no"}
     trainer = PPOTrainer(
         args=PPOConfig(**settings),
         processing_class=tokenizer,
@@ -237,8 +245,12 @@ def continuous(args: Args) -> list[dict]:
 def llm(args: Args) -> list[dict]:
     """A language model as policy: forward pass, update and peak memory of ours and of the document's construct."""
     script, work, peer = "ppo_llm_policy.py", "Qwen2-0.5B's size, LoRA", "the document's construct"
-    sides = {"ours": ("llm_policy", {"is_ours": True}), peer: ("llm_policy", {"is_ours": False})}
-    figures = (("forward of 8 states", "ms"), ("update of 64 states", "ms"), ("peak memory", "GB"))
+    given = {"device": args.device, "rows": {"forward": 8, "update": 64}}
+    if args.device == "cuda":
+        given["rows"] = {"forward": 256, "update": 512}
+    sides = {name: ("llm_policy", given | {"is_ours": name == "ours"}) for name in ("ours", peer)}
+    figures = [(f"{name} of {count} states", "ms") for name, count in given["rows"].items()]
+    figures.append(("peak memory", "GB"))
     rows = [(script, f"{work}: {figure}", unit, "ours", peer, figure) for figure, unit in figures]
     return side_by_side(args.pairs or 3, sides, rows)
 
@@ -256,8 +268,9 @@ def rlhf(args: Args, is_large: bool = False) -> list[dict]:
         work, unit, figure, sizes = "Qwen2-0.5B's size, LoRA", "GB", "peak memory", QWEN2
         batch, epochs, episodes = 8, 1, 2 * 8
     settings = {"per_device_train_batch_size": batch, "num_ppo_epochs": epochs, "total_episodes": episodes}
-    settings |= {"response_length": 24, "temperature": 1.0, "learning_rate": 1e-5}
-    flags = f"--batch-size {batch} --micro-batch-size {batch} --num-minibatches 1 --update-epochs {epochs} --device cpu"
+    settings |= {"response_length": 24, "temperature": 1.0, "learning_rate": 1e-5, "use_cpu": args.device == "cpu"}
+    flags = f"--batch-size {batch} --micro-batch-size {batch} --num-minibatches 1 --update-epochs {epochs}"
+    flags += f" --device {args.device}"
     flags += f" --total-episodes {episodes} --response-length 24 --learning-rate 1e-5 --sft-steps 0 --eval-samples 4"
     with tempfile.TemporaryDirectory() as files:
         words = [f"w{i}" for i in range(253)]
@@ -280,7 +293,8 @@ def main() -> None:
     """Runs suites, prints them and writes them down; as a process of its own, a side of a pair."""
     if sys.argv[1:2] == ["side"]:
         figures = globals()[sys.argv[2]](**json.loads(sys.argv[3]))
-        figures["peak memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # in GB
+        peak = torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        figures["peak memory"] = peak / 1e9  # in GB
         print("\n" + json.dumps(figures))
         return
     from run import RESULTS, commit, installed, machine  # here, as sides start faster without
@@ -292,8 +306,10 @@ def main() -> None:
     for name in suites if args.suite == "all" else [args.suite]:
         start, record = time.perf_counter(), {"machine": machine(), "versions": installed(packages), "git": commit()}
         record |= {"comparisons": suites[name](args), "seconds": round(time.perf_counter() - start)}
-        if args == Args(args.suite, args.cleanrl):  # other work would not be what the table says
-            (RESULTS / "speed" / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        if args == Args(args.suite, args.cleanrl, args.device):  # other work would not be what the table says
+            (RESULTS / "speed" / f"{name}{'_cuda' * (args.device == 'cuda')}.json").write_text(
+                json.dumps(record, indent=1) + "\n"
+            )
 
 
 if __name__ == "__main__":
