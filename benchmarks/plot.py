@@ -10,6 +10,7 @@ probability of improvement over tasks follow Agarwal et al. 2021 (https://arxiv.
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import re
 import statistics
@@ -113,7 +114,7 @@ def draw_curves(axes: Axes, curves: dict[str, tuple]) -> None:
     curves: of each label x (P, S), y (P, S), and whether to draw the band. Points at which not all seeds have a
     figure are left out of mean and band."""
     ends = []
-    for colour, (label, (x, y, has_band)) in zip(COLOURS, curves.items()):
+    for colour, (label, (x, y, has_band)) in zip(itertools.cycle(COLOURS), curves.items()):
         seeds = [np.pad(z.astype(float), ((0, 1), (0, 0)), constant_values=np.nan).ravel("F") for z in (x, y)]
         axes.plot(*seeds, color=colour, alpha=0.35, linewidth=0.5)  # one line with gaps, a smaller file than many
         whole = ~np.isnan(y).any(1)

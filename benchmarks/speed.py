@@ -201,9 +201,11 @@ def side_by_side(pairs: int, sides: dict[str, tuple[str, dict]], rows: list[tupl
     for seed in range(1, pairs + 1):
         for name, (side, given) in sides.items():
             command = [sys.executable, __file__, "side", side, json.dumps(given | {"seed": seed})]
-            options = {"env": os.environ | {"OMP_NUM_THREADS": "1", "STARTED": str(time.time())}, "check": True}
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "STARTED": str(time.time())}
             with tempfile.TemporaryDirectory() as folder:
-                done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, **options)
+                done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"error: {' '.join(command)}\n{done.stderr[-2000:]}")
             figures[name].append(json.loads(done.stdout.splitlines()[-1]))
     comparisons = []
     for script, work, unit, mine, peer, figure in rows:
