@@ -178,7 +178,7 @@ def overview(loaded: dict[str, Results]) -> list[tuple[str, str, Results]]:
     """Script, task and results of the first suite of each script."""
     firsts = {}
     for results in loaded.values():
-        if results.suite.script:
+        if results.suite.script.endswith(".py"):
             firsts.setdefault(results.suite.script, (results.suite.groups[0]["task"], results))
     return [(script, *first) for script, first in firsts.items()]
 
@@ -276,7 +276,7 @@ def results_table(results: Results) -> str:
             zero, one = suite.normalise[task]
             scores.setdefault(setting, []).append((group[suite.headline].to_numpy() - zero) / (one - zero))
     counts = "/".join(sorted({str(len(group)) for *_, group in results.groups()}))
-    minutes = number(runs["seconds"].mean() * len(runs) / 120, 0)
+    minutes = number(runs["seconds"].sum() / 120, 0)
     notes = [f"Seeds: {counts}; minutes: {minutes}."]
     for source in suite.published:
         name = f"[{source['source']}]({source['url']})" if "url" in source else source["source"]
@@ -328,6 +328,8 @@ def fill(text: str, tables: dict[str, str]) -> str:
     """A document with its tables replaced: what stands between <!-- plot.py: NAME --> and <!-- end -->."""
     mark = "<!-- plot.py: {} -->\n{}\n<!-- end -->"
     block = r"<!-- plot\.py: (\w+) -->\n.*?<!-- end -->"
+    if lacking := {*re.findall(block, text, re.S)} - {*tables}:
+        raise BenchmarkError(f"a document shows {', '.join(lacking)}, of which there are no results")
     return re.sub(block, lambda match: mark.format(match[1], tables[match[1]]), text, flags=re.S)
 
 

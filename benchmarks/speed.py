@@ -58,8 +58,8 @@ class Args:
 def summarise(ends: list[tuple[float, int, float]]) -> dict:
     """Of each iteration's end, steps so far and mean return: steps/s after the first, and seconds to a mean of 475."""
     (start, before, _), *_, (end, after, _) = ends
-    solved = min((moment for moment, _, mean_return in ends if mean_return >= 475), default=float("inf"))
-    return {"rate": (after - before) / (end - start), "s": solved - float(os.environ["STARTED"])}
+    solved = [moment - float(os.environ["STARTED"]) for moment, _, mean_return in ends if mean_return >= 475]
+    return {"rate": (after - before) / (end - start), "s": solved[0] if solved else None}
 
 
 def ours(script: str, flags: str, seed: int) -> dict:
@@ -118,8 +118,8 @@ def cleanrl(file: str, env_id: str, steps: int, seed: int) -> dict:
 
 
 def llm_policy(is_ours: bool, device: str, rows: dict[str, int], seed: int) -> dict:
-    """A policy of Qwen2-0.5B's size, as ppo_llm_policy.py makes it and as document 000 writes it: a whole causal LM,
-    dropout in the adapters, all hidden states. Encoder, head, loss and optimiser are the same."""
+    """A policy of Qwen2-0.5B's size, as ppo_llm_policy.py makes it and as the document "From MLP to LLM" writes it: a
+    whole causal LM, dropout in the adapters, all hidden states. Encoder, head, loss and optimiser are the same."""
     import ppo_llm_policy as ppo
     from ppo_llm_policy import transformers  # this very module, to change what the script takes from it
 
@@ -209,8 +209,9 @@ def side_by_side(pairs: int, sides: dict[str, tuple[str, dict]], rows: list[tupl
             figures[name].append(json.loads(done.stdout.splitlines()[-1]))
     comparisons = []
     for script, work, unit, mine, peer, figure in rows:
-        columns = [[result[figure] for result in figures[name]] for name in (mine, peer)]
-        comparisons.append(compare(script, work, unit, peer, *columns))
+        pairs = [(a[figure], b[figure]) for a, b in zip(figures[mine], figures[peer])]
+        pairs = [pair for pair in pairs if None not in pair]  # seeds with which both sides reach 475
+        comparisons.append(compare(script, work, unit, peer, *([pair[i] for pair in pairs] for i in range(2))))
     return comparisons
 
 
@@ -309,9 +310,8 @@ def main() -> None:
         start, record = time.perf_counter(), {"machine": machine(), "versions": installed(packages), "git": commit()}
         record |= {"comparisons": suites[name](args), "seconds": round(time.perf_counter() - start)}
         if args == Args(args.suite, args.cleanrl, args.device):  # other work would not be what the table says
-            (RESULTS / "speed" / f"{name}{'_cuda' * (args.device == 'cuda')}.json").write_text(
-                json.dumps(record, indent=1) + "\n"
-            )
+            suffix = "_cuda" * (args.device == "cuda" and name in ("llm", "rlhf", "rlhf_memory"))
+            (RESULTS / "speed" / f"{name}{suffix}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

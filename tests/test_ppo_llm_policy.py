@@ -90,7 +90,7 @@ def outputs_of(network, states):
 
 
 def documents_logits(folder, network, states):
-    """The forward pass as document 000 writes it, on the weights of our network. states: (B, K, S)."""
+    """The forward pass as "From MLP to LLM" writes it, on the weights of our network. states: (B, K, S)."""
     llm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     targets = set(network.body.peft_config["default"].target_modules)
     llm = peft.get_peft_model(llm, peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets, lora_dropout=0.05))
