@@ -114,10 +114,10 @@ class Suite:
         runs = []
         for seed in range(self.first_seed, self.first_seed + seeds):
             for group in self.groups:
-                group = vars(self) | group
-                command = f"python {group['script']} {' '.join(group['flags'].split())} --seed {seed}"
-                steps = range(group["grid"], group["until"] + 1, group["grid"])
-                runs.append(Run(group["task"], group["setting"], seed, command.replace("  ", " "), steps))
+                own = vars(self) | group  # the suite's script, grid and until where the group has none
+                command = " ".join(["python", own["script"], *own["flags"].split(), "--seed", str(seed)])
+                steps = range(own["grid"], own["until"] + 1, own["grid"])
+                runs.append(Run(own["task"], own["setting"], seed, command, steps))
         return runs
 
 

@@ -54,7 +54,9 @@ class Args:
     steps: int | None = None  # of environments, in a run of discrete and continuous; default 100,000 and 20,480
 
 
-# The sides follow, each run as a process of its own, and what they have in common.
+# ------------------------------------------------------------------------------ the sides, each a process of its own
+
+
 def summarise(ends: list[tuple[float, int, float]]) -> dict:
     """Of each iteration's end, steps so far and mean return: steps/s after the first, and seconds to a mean of 475."""
     (start, before, _), *_, (end, after, _) = ends
@@ -185,6 +187,9 @@ def trl(files: str, settings: dict, has_lora: bool, seed: int) -> dict:
     return summarise(ends)
 
 
+# --------------------------------------------------------------------------------------------------------- comparisons
+
+
 def compare(script: str, work: str, unit: str, peer: str, ours: list[float], theirs: list[float]) -> dict:
     """A comparison, printed. The ratio: how many times as fast ours is, or which share of their memory it takes."""
     ratios = [b / a if unit in ("s", "ms") else a / b for a, b in zip(ours, theirs)]
@@ -209,9 +214,9 @@ def side_by_side(pairs: int, sides: dict[str, tuple[str, dict]], rows: list[tupl
             figures[name].append(json.loads(done.stdout.splitlines()[-1]))
     comparisons = []
     for script, work, unit, mine, peer, figure in rows:
-        pairs = [(a[figure], b[figure]) for a, b in zip(figures[mine], figures[peer])]
-        pairs = [pair for pair in pairs if None not in pair]  # seeds with which both sides reach 475
-        comparisons.append(compare(script, work, unit, peer, *([pair[i] for pair in pairs] for i in range(2))))
+        by_seed = [(a[figure], b[figure]) for a, b in zip(figures[mine], figures[peer])]
+        both = [pair for pair in by_seed if None not in pair]  # seeds with which both sides reach 475
+        comparisons.append(compare(script, work, unit, peer, [a for a, _ in both], [b for _, b in both]))
     return comparisons
 
 
@@ -280,8 +285,8 @@ def rlhf(args: Args, is_large: bool = False) -> list[dict]:
         ppo.make_tokenizer([" ".join(words)]).save_pretrained(files)
         config = Qwen2Config(**sizes, pad_token_id=0, eos_token_id=1, num_labels=1)
         Qwen2ForSequenceClassification(config).save_pretrained(files)  # whose body is also read as a language model
-        rows = [{"prompt": " ".join(words[i : i + 8]), "chosen": "w1", "rejected": "w2"} for i in range(245)]
-        Path(files, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = [{"prompt": " ".join(words[i : i + 8]), "chosen": "w1", "rejected": "w2"} for i in range(245)]
+        Path(files, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
         flags += f" --model {files} --dataset {files}/rows.jsonl"
         flags += " --lora-rank 16 --reward-steps 1 --reward-batch-size 8" if is_large else f" --reward-model {files}"
         sides, rows = {}, []

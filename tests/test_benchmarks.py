@@ -270,10 +270,8 @@ def test_grid_by_hand():
     columns, steps = ["return"], range(10, 31, 10)
     metrics = "iteration,global_step,return\n" + "1,4,nan\n2,10,1\n3,11,2\n4,20,4\n5,29,5\n6,33,7\n"
     assert on_grid(metrics, columns, steps) == "global_step,return\n10,1.0\n20,3.0\n30,6.0\n"
-    assert (
-        on_grid("global_step,return\n4,nan\n20,2\n40,3\n", columns, steps)
-        == "global_step,return\n10,nan\n20,2.0\n30,3.0\n"
-    )
+    metrics = "global_step,return\n4,nan\n20,2\n40,3\n"
+    assert on_grid(metrics, columns, steps) == "global_step,return\n10,nan\n20,2.0\n30,3.0\n"
     for metrics in ("global_step,return\n20,1\n", "global_step,reward\n30,1\n"):
         with pytest.raises(BenchmarkError, match="ends before step 30 or lacks one of return"):
             on_grid(metrics, columns, steps)

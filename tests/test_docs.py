@@ -92,6 +92,8 @@ def test_readme_has_the_results():
     overview = (ROOT / "benchmarks/README.md").read_text()
     rows = re.findall(r"(?m)^\| `python` \[`(\w+\.py)`\].* \| (\S+): (\S+) \| (\S+) \|$", README)
     assert len(rows) == 5
+    table = overview.partition("<!-- plot.py: overview -->")[2].partition("<!-- end -->")[0]
+    assert re.findall(r"(?m)^\| `(.*?)` \|", table) == [script for script, *_ in rows]
     for script, task, reached, minutes in rows:
         found = rf"(?m)^\| `{script}` \| {task} \| {reached}[ |].* {minutes} \|$"
         assert re.search(found, overview), (script, task, reached, minutes)
