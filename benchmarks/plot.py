@@ -54,6 +54,15 @@ class Results:
         """Task, setting and runs of each pair of both."""
         return [(*key, runs) for key, runs in self.runs.groupby(["task", "setting"], sort=False)]
 
+    def scores(self) -> dict[str, dict[str, np.ndarray]]:
+        """Of each setting and each task that has a scale the seeds' figures on it, of those that matter most."""
+        scores, scales = {}, self.suite.normalise
+        for task, setting, runs in self.groups():
+            if task in scales:
+                zero, one = scales[task]
+                scores.setdefault(setting, {})[task] = (runs[self.suite.headline].to_numpy() - zero) / (one - zero)
+        return scores
+
     def curve(self, task: str, setting: str, metric: str) -> pd.DataFrame:
         """A row per step, a column per seed; some thirty steps, the last one among them."""
         curve = self.curves[task, setting].xs(metric, axis=1, level=1)
@@ -174,6 +183,28 @@ def draw(results: Results) -> Figure:
     return figure
 
 
+def draw_scores(results: Results) -> Figure:
+    """Mean scores of each task with their 95 % intervals and what others published; last the mean over tasks."""
+    suite, scores = results.suite, results.scores()
+    tasks = [*scores[next(iter(scores))]]
+    figure = Figure(figsize=(7, 0.35 * len(tasks) + 1), layout="constrained")
+    axes = figure.add_subplot(xlabel=f"score (0 and 1: {suite.normalised_by})")
+    axes.set_yticks(range(len(tasks) + 1), [*tasks, "interquartile mean"])
+    axes.invert_yaxis()
+    for i, (setting, of_tasks) in enumerate(scores.items()):
+        samples = [(mean, [of_tasks[task]]) for task in tasks] + [(iqm, [*of_tasks.values()])]
+        middle = np.array([statistic(sample) for statistic, sample in samples])
+        low, high = np.transpose([interval(statistic, sample) for statistic, sample in samples])
+        style = {"fmt": "o", "markersize": 4, "color": COLOURS[i], "label": suite.settings[setting]}
+        axes.errorbar(middle, np.arange(len(samples)) + 0.2 * i, xerr=[middle - low, high - middle], **style)
+    for marker, source in zip("x+1^*", suite.published):
+        values = [source["values"].get(task, [np.nan])[0] for task in tasks]
+        zero, one = np.transpose([suite.normalise[task] for task in tasks])
+        axes.plot((values - zero) / (one - zero), range(len(tasks)), marker, color="gray", label=source["source"])
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
 def overview(loaded: dict[str, Results]) -> list[tuple[str, str, Results]]:
     """Script, task and results of the first suite of each script."""
     firsts = {}
@@ -264,7 +295,7 @@ def results_table(results: Results) -> str:
     """Figures of each task and setting beside the published ones, and what they are."""
     suite, runs = results.suite, results.runs
     head = ["task", "setting", *(x["label"] for x in suite.figures), *(x["source"] for x in suite.published), "seconds"]
-    rows, scores, seen = [], {}, set()
+    rows, scores, seen = [], [], set()
     for task, setting, group in results.groups():
         facts = [task, *(published_cell(source, task) for source in suite.published)]
         if task in seen:  # what holds for a task is said once
@@ -272,20 +303,20 @@ def results_table(results: Results) -> str:
         seen.add(task)
         seconds = number(group["seconds"].median(), 0)
         rows.append([facts[0], suite.settings[setting], *figure_cells(results, task, setting), *facts[1:], seconds])
-        if suite.normalise:
-            zero, one = suite.normalise[task]
-            scores.setdefault(setting, []).append((group[suite.headline].to_numpy() - zero) / (one - zero))
     counts = "/".join(sorted({str(len(group)) for *_, group in results.groups()}))
     minutes = number(runs["seconds"].sum() / 120, 0)
     notes = [f"Seeds: {counts}; minutes: {minutes}."]
     for source in suite.published:
         name = f"[{source['source']}]({source['url']})" if "url" in source else source["source"]
         notes.append(f"{name}: {source['metric']}, seeds: {source['seeds']}, {source['version']}.")
-    if scores:
-        means = (f"{suite.settings[setting]} **{estimate(iqm, samples, 2)}**" for setting, samples in scores.items())
+    means = []
+    for setting, of_tasks in results.scores().items():
+        scores += of_tasks.values()
+        means.append(f"{suite.settings[setting]} **{estimate(iqm, [*of_tasks.values()], 2)}**")
+    if means:
         notes.append(f"Interquartile mean of scores (0 and 1: {suite.normalised_by}): {', '.join(means)}.")
-    if [len(samples) for samples in scores.values()] == 2 * [len(suite.normalise)]:
-        chance = estimate(improvement, [x for samples in scores.values() for x in samples], 2)
+    if len(means) == 2:
+        chance = estimate(improvement, scores, 2)
         notes.append(f"Probability that a run of the first has the higher score: **{chance}**.")
     return table(head, rows) + "\n\n" + " ".join(notes)
 
@@ -371,6 +402,7 @@ def renew(write: bool) -> list[Path]:
                 path.write_text(new)
     marks = {name: fingerprint(results.suite, RESULTS / name) for name, results in loaded.items()}
     figures = {name: (marks[name], partial(draw, results)) for name, results in loaded.items()}
+    figures |= {f"{name}_scores": (marks[name], partial(draw_scores, x)) for name, x in loaded.items() if x.scores()}
     figures["overview"] = (" ".join(marks.values()), partial(draw_overview, loaded))
     for name, (mark, draw_it) in figures.items():
         path = FIGURES / f"{name}.svg"

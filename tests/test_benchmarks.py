@@ -1,5 +1,6 @@
 """The runner with runs that fail, hang and die; results that are cut, changed or foreign; tables and figures."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -338,6 +339,20 @@ def test_figure_shows_each_seed_the_mean_and_its_interval(toys):
         at_end = edge[edge[:, 0] == 30, 1]
         want = plot.interval(plot.mean, [np.array([3.0, 12, 27, 48])])
         assert [at_end.min(), at_end.max()] == pytest.approx(want)
+
+
+def test_figure_of_scores(toys):
+    """Their means, intervals and what others published on one scale; a task without a scale is left out."""
+    suite, folder = toys
+    results = plot.load_results(dataclasses.replace(suite, normalise={"A": (0, 10)}), folder)
+    (axes,) = plot.draw_scores(results).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["A", "interquartile mean"]
+    (ours, _, (bars,)), (theirs, *_) = axes.containers
+    assert [*ours.get_xdata()] == pytest.approx([0.5, 0.5])  # scores .2 .4 .6 .8
+    assert [*theirs.get_xdata()] == [0.5, 0.5]
+    assert bars.get_segments()[0][:, 0] == pytest.approx(plot.interval(plot.mean, [np.array([0.2, 0.4, 0.6, 0.8])]))
+    assert axes.lines[-1].get_xydata().tolist() == [[0.725, 0]]
+    assert "ours **0.50 (" in plot.results_table(results)
 
 
 def test_broken_and_foreign_results_are_not_drawn(toys):
