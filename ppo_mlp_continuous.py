@@ -78,7 +78,7 @@ class Args:
     kl_penalty_target: float = 0.01  # KL(old || new) after an update, in nats, that kl-penalty aims at
     ent_coef: float = 0.0  # coefficient of the entropy bonus
     vf_coef: float = 0.25  # coefficient of the value loss
-    max_grad_norm: float = 0.5  # the gradient of policy and critic together is clipped to this norm
+    max_grad_norm: float = 10.0  # the gradient of policy and critic together is clipped to this norm
     target_kl: float | None = None  # end an update before a minibatch with a larger KL(old || new), in nats
     run_dir: str | None = None  # folder for all that the run leaves; default: runs/<env>__<script>__<seed>__<time>
     resume: str | None = None  # run folder to go on from, with its flags unless given anew; episodes start afresh
