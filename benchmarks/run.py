@@ -183,11 +183,7 @@ def read_result(suite: Suite, run: Run, folder: Path) -> tuple[dict, pd.DataFram
 def differences(record: dict, other: dict) -> str:
     """In what a result's record differs from another, or from what it would have now, of what decides its figures:
     command, code, and the versions of packages that both know; "" for nothing."""
-    then, now = (
-        # The MuJoCo results are those of an earlier script, which had to be told to use one thread.
-        {"command": r["command"].replace(" --torch-threads 1", ""), "code": r["code"]} | r["versions"]
-        for r in (record, other)
-    )
+    then, now = ({"command": r["command"], "code": r["code"]} | r["versions"] for r in (record, other))
     return ", ".join(f"{name} {x} (not {now[name]})" for name, x in then.items() if now.get(name, x) != x)
 
 
@@ -226,7 +222,8 @@ def execute(text: str, command: str, root: str, timeout: float, is_stopped: Call
     its metrics.csv, config.json and summary.json, or "error" with its last lines. Plain values alone, for Ray."""
     _, script, *flags = command.split()
     packages = re.findall(r'"([\w-]+)[^"]*=', text.partition("\n# ///\n")[0])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.abspath(root)}
+    modules = os.pathsep.join([os.path.abspath(root), os.environ.get("PYTHONPATH", "")])  # of environments
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": modules}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, open(f"{folder}/output", "w+b") as output:
         path = Path(folder, Path(script).stem + ".py")
         path.write_text(text)
