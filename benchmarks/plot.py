@@ -185,13 +185,13 @@ def draw(results: Results) -> Figure:
 
 def draw_scores(results: Results) -> Figure:
     """Mean scores of each task with their 95 % intervals and what others published; last the mean over tasks."""
-    suite, scores = results.suite, results.scores()
-    tasks = [*scores[next(iter(scores))]]
+    suite = results.suite
+    tasks = [*suite.normalise]
     figure = Figure(figsize=(7, 0.35 * len(tasks) + 1), layout="constrained")
     axes = figure.add_subplot(xlabel=f"score (0 and 1: {suite.normalised_by})")
     axes.set_yticks(range(len(tasks) + 1), [*tasks, "interquartile mean"])
     axes.invert_yaxis()
-    for i, (setting, of_tasks) in enumerate(scores.items()):
+    for i, (setting, of_tasks) in enumerate(results.scores().items()):
         samples = [(mean, [of_tasks[task]]) for task in tasks] + [(iqm, [*of_tasks.values()])]
         middle = np.array([statistic(sample) for statistic, sample in samples])
         low, high = np.transpose([interval(statistic, sample) for statistic, sample in samples])
@@ -295,7 +295,7 @@ def results_table(results: Results) -> str:
     """Figures of each task and setting beside the published ones, and what they are."""
     suite, runs = results.suite, results.runs
     head = ["task", "setting", *(x["label"] for x in suite.figures), *(x["source"] for x in suite.published), "seconds"]
-    rows, scores, seen = [], [], set()
+    rows, scores, seen = [], results.scores(), set()
     for task, setting, group in results.groups():
         facts = [task, *(published_cell(source, task) for source in suite.published)]
         if task in seen:  # what holds for a task is said once
@@ -309,14 +309,13 @@ def results_table(results: Results) -> str:
     for source in suite.published:
         name = f"[{source['source']}]({source['url']})" if "url" in source else source["source"]
         notes.append(f"{name}: {source['metric']}, seeds: {source['seeds']}, {source['version']}.")
-    means = []
-    for setting, of_tasks in results.scores().items():
-        scores += of_tasks.values()
-        means.append(f"{suite.settings[setting]} **{estimate(iqm, [*of_tasks.values()], 2)}**")
-    if means:
+    if scores:
+        means = (
+            f"{suite.settings[name]} **{estimate(iqm, [*of_tasks.values()], 2)}**" for name, of_tasks in scores.items()
+        )
         notes.append(f"Interquartile mean of scores (0 and 1: {suite.normalised_by}): {', '.join(means)}.")
-    if len(means) == 2:
-        chance = estimate(improvement, scores, 2)
+    if [len(of_tasks) for of_tasks in scores.values()] == 2 * [len(suite.normalise)]:  # task by task
+        chance = estimate(improvement, [x for of_tasks in scores.values() for x in of_tasks.values()], 2)
         notes.append(f"Probability that a run of the first has the higher score: **{chance}**.")
     return table(head, rows) + "\n\n" + " ".join(notes)
 
@@ -402,7 +401,9 @@ def renew(write: bool) -> list[Path]:
                 path.write_text(new)
     marks = {name: fingerprint(results.suite, RESULTS / name) for name, results in loaded.items()}
     figures = {name: (marks[name], partial(draw, results)) for name, results in loaded.items()}
-    figures |= {f"{name}_scores": (marks[name], partial(draw_scores, x)) for name, x in loaded.items() if x.scores()}
+    figures |= {
+        f"{name}_scores": (marks[name], partial(draw_scores, x)) for name, x in loaded.items() if x.suite.normalise
+    }
     figures["overview"] = (" ".join(marks.values()), partial(draw_overview, loaded))
     for name, (mark, draw_it) in figures.items():
         path = FIGURES / f"{name}.svg"

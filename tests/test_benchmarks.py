@@ -312,6 +312,8 @@ def test_tables_by_hand(toys):
     # scores .2 .4 .6 .8 and .9 .8 .7 .6: without two at each end .6 .6 .7 .8; .5 and 1.5 four times each
     assert re.search(r"\(0 and 1: two limits\): ours \*\*0\.68 \(.*\)\*\*, theirs \*\*1\.00\*\*", text)
     assert re.search(r"has the higher score: \*\*0\.25 \(0\.\d\d to 0\.\d\d\)", text)  # half in A, never in B
+    results.runs = results.runs[(results.runs["task"] == "A") | (results.runs["setting"] == "x")]
+    assert "has the higher score" not in plot.results_table(results)  # where one setting lacks a task
     comparisons = [
         speed.compare("x.py", "a run", "steps/s", "them", [3000.0, 2000, 4000], [1000, 1000, 1000]),
         speed.compare("x.py", "a run, peak memory", "GB", "them", [2.0], [5.0]),

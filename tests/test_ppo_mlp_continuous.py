@@ -356,7 +356,7 @@ def test_beta_follows_the_papers_rule(tmp_path):
     """KL-penalty, section 4 of the paper: doubled above 1.5 times the target, halved below it / 1.5, by the KL that is
     measured after the update, when a single step has moved the policy."""
     flags = {"objective": "kl-penalty", "num_minibatches": 1, "update_epochs": 1, "kl_penalty_target": 5e-3}
-    flags |= {"max_grad_norm": 0.5, "anneal_lr": False}
+    flags |= {"max_grad_norm": 0.5, "anneal_lr": False}  # with which beta rises, stays and falls
     train_probe(tmp_path, "Dial", total_timesteps=8000, **flags)
     beta, factors = 1.0, set()
     for row in read_metrics(tmp_path):
