@@ -573,9 +573,8 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path, monkeypatch, pizza):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     time.sleep(1)  # TensorBoard reads a run's files in the order of the seconds in which they began
-    assert {int(row["global_step"]) for row in read_metrics(cut)} <= {
-        step for step, _ in tensorboard_rows(cut, "charts/pizza_rate")
-    }
+    *written, _ = (int(row["global_step"]) for row in read_metrics(cut))  # the kill may have come amid the last one
+    assert {*written} <= {step for step, _ in tensorboard_rows(cut, "charts/pizza_rate")}
     iteration, global_step, seconds, _ = ppo.load(cut / "checkpoint.pt")["progress"]
     assert 60 > iteration >= 10 == iteration - iteration % 5 - (iteration - 10)
     assert global_step == 2 * iteration
